@@ -2,23 +2,37 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, read_params
+from .checkpoint import check_memory, load_checkpoint, read_params
 from .model import Span, Transformer
 from .tokenizer import Tokenizer
 
 PREFILL_TOKENS = 2048  # in one forward: enough to keep a card's matrix units busy, and a bound on activation memory
 
 
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Dialog = Sequence[Message]
+
+
 class CompletionPrediction(TypedDict, total=False):
     generation: str
+    tokens: list[str]  # with logprobs only
+    logprobs: list[float]  # with logprobs only
+
+
+class ChatPrediction(TypedDict, total=False):
+    generation: Message
     tokens: list[str]  # with logprobs only
     logprobs: list[float]  # with logprobs only
 
@@ -48,6 +62,7 @@ class Mixtral:
                 f"the checkpoint has a vocabulary of {params.vocab_size} and the tokenizer one of {tokenizer.n_words}: "
                 f"{tokenizer_path} is not the tokenizer of {ckpt_dir}"
             )
+        check_memory(params, devices, dtype.itemsize)
         model = Transformer(params, devices, dtype)
         load_checkpoint(model, ckpt_dir)
         print(f"Loaded in {time.time() - start_time:.2f} seconds", file=sys.stderr)
@@ -136,32 +151,45 @@ class Mixtral:
         top_p: float,
         logprobs: bool = False,
     ) -> Iterator[tuple[int, int, float]]:
-        """Yield (row, token, log-probability) as tokens come, from the logits (bsz, vocab) after starts positions."""
-        limits = [
-            min(max_gen_len, self.model.params.max_seq_len - start) for start in starts
-        ]
-        live = [row for row, limit in enumerate(limits) if limit > 0]
+        """Yield (row, token, its log-probability) as tokens come.
+
+        logits (bsz, vocab) are those after each row's starts tokens. A row that has
+        ended leaves the batch.
+        """
+        room, eos = self.model.params.max_seq_len, self.tokenizer.eos_id
+        ends = [min(start + max_gen_len, room) for start in starts]
+        live = [row for row, end in enumerate(ends) if starts[row] < end]
         logits, step = logits[live], 0
         while live:
             tokens = self.sample(logits, temperature, top_p)
             values = (
                 -F.cross_entropy(logits, tokens, reduction="none")
                 if logprobs
-                else torch.zeros(len(live))
+                else tokens
             )
-            ids, step = tokens.tolist(), step + 1
-            for row, token, value in zip(live, ids, values.tolist()):
-                if token != self.tokenizer.eos_id:
+            spans = [Span(row, starts[row] + step, 1) for row in live]
+            ids, values = (t.to("cpu", non_blocking=True) for t in (tokens, values))
+            if ahead := logits.is_cuda:
+                # A GPU is given the next step before the host looks at this one, lest it
+                # wait; where a row turns out to have ended, that row of it is for nothing.
+                copied = torch.cuda.Event()
+                copied.record()
+                logits = self.model.forward_packed(tokens, spans)
+                copied.synchronize()
+            ids, values, step = ids.tolist(), values.tolist(), step + 1
+            for row, token, value in zip(live, ids, values):
+                if token != eos:
                     yield row, token, value
             on = [
                 i
                 for i, row in enumerate(live)
-                if ids[i] != self.tokenizer.eos_id and step < limits[row]
+                if ids[i] != eos and starts[row] + step < ends[row]
             ]
+            if not ahead and on:
+                logits = self.model.forward_packed(tokens[on], [spans[i] for i in on])
+            elif len(on) < len(live):
+                logits = logits[on]
             live = [live[i] for i in on]
-            if live:
-                spans = [Span(row, starts[row] + step - 1, 1) for row in live]
-                logits = self.model.forward_packed(tokens[on], spans)
 
     def sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
         if temperature == 0:
@@ -180,23 +208,79 @@ class Mixtral:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Complete each prompt; with max_gen_len None as far as max_seq_len. See generate()."""
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len - 1
-        prompt_tokens = [
-            self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts
-        ]
-        tokens, values = self.generate(
+        prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+        return self.predict(
             prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo
         )
+
+    def predict(
+        self, prompt_tokens: list[list[int]], max_gen_len: int | None, *options
+    ) -> list[CompletionPrediction]:
+        if max_gen_len is None:
+            max_gen_len = self.model.params.max_seq_len - 1
+        tokens, values = self.generate(prompt_tokens, max_gen_len, *options)
+        texts = [self.tokenizer.decode(t) for t in tokens]
         if values is None:
-            return [{"generation": self.tokenizer.decode(t)} for t in tokens]
+            return [{"generation": text} for text in texts]
         return [
             {
-                "generation": self.tokenizer.decode(t),
+                "generation": text,
                 "tokens": [self.tokenizer.decode([x]) for x in t],
                 "logprobs": v,
             }
-            for t, v in zip(tokens, values)
+            for text, t, v in zip(texts, tokens, values)
+        ]
+
+    def stream_completion(
+        self,
+        prompt: str,
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+    ) -> Iterator[str]:
+        """The text that text_completion would give for one prompt, piece by piece as it comes."""
+        if max_gen_len is None:
+            max_gen_len = self.model.params.max_seq_len - 1
+        tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
+        check_request([tokens], self.model.params, temperature, top_p)
+        logits, _ = self.prefill([tokens])
+        steps = self.decode(logits, [len(tokens)], max_gen_len, temperature, top_p)
+        yield from self.tokenizer.decode_stream(token for _, token, _ in steps)
+
+    def chat_completion(
+        self,
+        dialogs: list[Dialog],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+        logprobs: bool = False,
+    ) -> list[ChatPrediction]:
+        """The assistant's next message in each dialog, of an Instruct model.
+
+        A dialog that Tokenizer.encode_dialog refuses is answered with the reason, as
+        "Error: ...", and the others as if it were not there.
+        """
+        prompts, answers = {}, {}
+        for i, dialog in enumerate(dialogs):
+            try:
+                prompts[i] = self.tokenizer.encode_dialog(dialog)
+            except ValueError as error:
+                answers[i] = {"generation": f"Error: {error}"}
+                if logprobs:
+                    answers[i] |= {"tokens": [], "logprobs": []}
+        options = temperature, top_p, logprobs, False
+        answers |= zip(
+            prompts, self.predict([*prompts.values()], max_gen_len, *options)
+        )
+        return [
+            {
+                **answers[i],
+                "generation": {
+                    "role": "assistant",
+                    "content": answers[i]["generation"],
+                },
+            }
+            for i in range(len(dialogs))
         ]
 
 

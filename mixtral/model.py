@@ -1,11 +1,16 @@
-"""Mixtral: Llama's transformer with a sparse mixture of experts as its feed-forward layer.
+"""Mixtral: Llama's transformer with a sparse mixture of experts as feed-forward layer.
 
-Read top to bottom: attention as in Llama 2, then `MoE`, then `Transformer`, which puts the experts of every
-layer on a list of devices. Tokens of all rows lie end to end in one (T, dim) tensor, without padding.
+Read top to bottom: attention as in Llama 2, then `MoE`, then `Transformer`, which puts
+every layer's experts on a list of devices. The T tokens of a forward, of one cache row
+or of many, lie end to end in one (T, dim) tensor: there is no padding.
 """
 
+import functools
+import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,10 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+# On a GPU, a forward of so few tokens never makes the host wait, for it is decoding.
+DECODE_TOKENS = 16
+
 
 @dataclass
 class ModelArgs:
-    """Sizes of a model, 8x7B's where not given, and of its cache: max_batch_size rows of max_seq_len positions."""
+    """The sizes of a model, 8x7B's by default, and of its cache."""
 
     dim: int = 4096
     n_layers: int = 32
@@ -42,26 +50,47 @@ class Span(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Where the T tokens of one forward stand in the cache; spans says it to the host, the tensors to the device."""
+    """Where the T tokens of one forward belong, for the host in spans, else on device.
 
-    spans: Sequence[Span]
+    With spans None each token is its row's next and goes through mixtral.kernels, which
+    look their rotary factors up; otherwise freqs_cis holds those of the T tokens.
+    """
+
+    spans: Sequence[Span] | None
     rows: Tensor  # (T,)
     positions: Tensor  # (T,)
+    freqs_cis: Tensor  # (max_seq_len or T, head_dim / 2)
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """mixtral.kernels, or None where Triton's kernels cannot run: all works without."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module("mixtral.kernels")
+
+
+def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """x @ weight.T, plus residual if given, by the fastest product for the shape."""
+    if x.is_cuda and len(x) <= 4 and kernels():
+        return kernels().linear_decode(x, weight, residual)
+    out = F.linear(x, weight)
+    return out if residual is None else residual + out
 
 
 class Linear(nn.Module):
-    """x @ weight.T, on a weight that was allocated elsewhere: it may be a slice of a larger one."""
+    """A product with a weight that lies where it was allocated, perhaps in a stack."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, residual)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation (Zhang and Sennrich, https://arxiv.org/abs/1910.07467)."""
+    """Root mean square normalisation: https://arxiv.org/abs/1910.07467."""
 
     def __init__(self, weight: Tensor, eps: float):
         super().__init__()
@@ -73,9 +102,9 @@ class RMSNorm(nn.Module):
 
 
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
-    """Rotary factors e^(i m theta^(-2j / head_dim)) of position m, pair j: complex64 (end, head_dim / 2).
+    """Rotary factors e^(i m theta^(-2j / head_dim)), complex64 (end, head_dim / 2).
 
-    Rotary position embedding: Su et al., https://arxiv.org/abs/2104.09864.
+    m is the position and j the pair: https://arxiv.org/abs/2104.09864.
     """
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim)
     angles = torch.outer(torch.arange(end).float(), freqs)
@@ -83,80 +112,68 @@ def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate the interleaved pairs of x (T, heads, head_dim), in float32, by freqs_cis (T, head_dim / 2)."""
-    pairs = torch.view_as_complex(
-        x.float().unflatten(-1, (-1, 2))
-    )  # (T, heads, head_dim / 2)
+    """Turn x's interleaved pairs, (T, heads, head_dim), by freqs_cis, in float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).type_as(x)
 
 
 class Attention(nn.Module):
-    """Grouped-query attention over a cache of keys and values, all of it on one device."""
+    """Grouped-query attention over a cache of keys and values."""
 
     def __init__(self, args: ModelArgs, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = (
-            args.n_heads,
-            args.n_kv_heads,
-            args.head_dim,
-        )
-        self.widths = (
-            args.n_heads * args.head_dim,
-            args.n_kv_heads * args.head_dim,
-            args.n_kv_heads * args.head_dim,
-        )
-        # wq, wk and wv are slices of one matrix, so that they are one product.
-        self.wqkv = torch.empty(sum(self.widths), args.dim, dtype=dtype, device=device)
-        self.wq, self.wk, self.wv = map(Linear, self.wqkv.split(self.widths))
-        self.wo = Linear(
-            torch.empty(args.dim, self.widths[0], dtype=dtype, device=device)
-        )
+        empty = functools.partial(torch.empty, dtype=dtype, device=device)
+        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
+        self.head_dim = args.head_dim
+        heads = (args.n_heads, args.n_kv_heads, args.n_kv_heads)
+        # wq, wk and wv are slices of one matrix: one product.
+        self.wqkv = empty(sum(heads) * args.head_dim, args.dim)
+        slices = self.wqkv.split([n * args.head_dim for n in heads])
+        self.wq, self.wk, self.wv = map(Linear, slices)
+        self.wo = Linear(empty(args.dim, args.n_heads * args.head_dim))
         cache = (args.max_batch_size, args.max_seq_len, args.n_kv_heads, args.head_dim)
-        self.cache_k = torch.empty(cache, dtype=dtype, device=device)
-        self.cache_v = torch.empty(cache, dtype=dtype, device=device)
+        self.cache_k, self.cache_v = empty(cache), empty(cache)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, batch: Batch) -> Tensor:
-        qkv = F.linear(x, self.wqkv).view(
-            len(x), -1, self.head_dim
-        )  # (T, n_heads + 2 n_kv_heads, head_dim)
-        xqk, xv = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=1)
-        xq, xk = apply_rotary_emb(xqk, freqs_cis).split(
-            (self.n_heads, self.n_kv_heads), dim=1
-        )
-        self.cache_k[batch.rows, batch.positions] = xk
-        self.cache_v[batch.rows, batch.positions] = xv
-        out = [
-            self.attend(q, span)
-            for q, span in zip(xq.split([s.length for s in batch.spans]), batch.spans)
-        ]
-        return self.wo(torch.cat(out).flatten(1))
+    def forward(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:
+        spans, rows, positions, freqs_cis = batch
+        heads, kv_heads = self.n_heads, self.n_kv_heads
+        qkv = linear(x, self.wqkv).view(len(x), -1, self.head_dim)
+        xqk, xv = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        if spans is None:
+            xq, xk = xqk.split((heads, kv_heads), dim=1)
+            cache = (self.cache_k, self.cache_v, rows, positions)
+            xq = kernels().rope_and_cache(xq, xk, xv, freqs_cis, *cache)
+            out = kernels().decode_attention(xq, *cache)
+        else:
+            xqk = apply_rotary_emb(xqk, freqs_cis)
+            xq, xk = xqk.split((heads, kv_heads), dim=1)
+            self.cache_k[rows, positions], self.cache_v[rows, positions] = xk, xv
+            queries = xq.split([span.length for span in spans])
+            out = torch.cat([self.attend(*each) for each in zip(queries, spans)])
+        return self.wo(out.flatten(1), residual)
 
     def attend(self, q: Tensor, span: Span) -> Tensor:
-        """Attention of one row's new queries (length, n_heads, head_dim) over all that row holds up to them."""
+        """A row's new queries (length, n_heads, head_dim) over all it has up to them.
+
+        Heads that share a key are its queries where one position needs no mask, else
+        a batch over keys that are expanded, not copied.
+        """
         end = span.start + span.length
         k = self.cache_k[span.row, :end].transpose(0, 1)  # (n_kv_heads, end, head_dim)
         v = self.cache_v[span.row, :end].transpose(0, 1)
-        # The query heads that share a key head are queries of one head when there is one position and so no mask,
-        # and a batch over an expanded, never copied, key when there are several.
         if span.length == 1:
-            q = q.view(
-                1, self.n_kv_heads, -1, self.head_dim
-            )  # (1, n_kv_heads, n_rep, head_dim)
-            return F.scaled_dot_product_attention(q, k[None], v[None]).view(
-                1, self.n_heads, self.head_dim
-            )
-        q = q.unflatten(1, (self.n_kv_heads, -1)).permute(
-            2, 1, 0, 3
-        )  # (n_rep, n_kv_heads, length, head_dim)
-        k, v = k.expand(len(q), -1, -1, -1), v.expand(len(q), -1, -1, -1)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=causal_lower_right(span.length, end)
-        )
-        return out.permute(2, 1, 0, 3).flatten(1, 2)  # (length, n_heads, head_dim)
+            q = q.view(1, self.n_kv_heads, -1, self.head_dim)  # n_rep in length's place
+            return F.scaled_dot_product_attention(q, k[None], v[None]).view(1, -1)
+        # (n_rep, n_kv_heads, length, head_dim)
+        q = q.unflatten(1, (self.n_kv_heads, -1)).permute(2, 1, 0, 3)
+        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+        mask = causal_lower_right(span.length, end)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.permute(2, 1, 0, 3).reshape(span.length, -1)
 
 
 class FeedForward(nn.Module):
-    """One expert: SwiGLU (Shazeer, https://arxiv.org/abs/2002.05202)."""
+    """One expert, a SwiGLU: https://arxiv.org/abs/2002.05202."""
 
     def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor):
         super().__init__()
@@ -167,102 +184,81 @@ class FeedForward(nn.Module):
 
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: each token goes to the experts with its highest gate logits, no token is dropped.
+    """Sparse mixture of experts: a token goes to those with its top_k gate logits.
 
-    The experts are spread over the devices in order, equally many on each. A device is sent every token with its
-    logits, in one copy, finds its experts' share by itself, and sends back one partial sum.
+    The experts are dealt out to the devices in order. A device gets every token with
+    its logits, in one copy, and sends back the sum over its own experts, in another.
     """
 
     def __init__(
         self, args: ModelArgs, devices: Sequence[torch.device], dtype: torch.dtype
     ):
         super().__init__()
-        self.dim, self.num_experts, self.top_k = (
-            args.dim,
-            args.num_experts,
-            args.num_experts_per_tok,
-        )
-        self.devices, self.n_local = devices, args.num_experts // len(devices)
+        self.devices, self.top_k = devices, args.num_experts_per_tok
+        self.n_local = args.num_experts // len(devices)
         self.gate = Linear(
             torch.empty(args.num_experts, args.dim, dtype=dtype, device=devices[0])
         )
-        self.experts = nn.ModuleList()
+        self.experts, self.stacks = nn.ModuleList(), []
         up, down = (args.hidden_dim, args.dim), (args.dim, args.hidden_dim)
         for device in devices:
-            stacks = (
-                torch.empty(self.n_local, *shape, dtype=dtype, device=device)
-                for shape in (up, down, up)
-            )
-            self.experts.extend(map(FeedForward, *stacks))
+            empty = functools.partial(torch.empty, dtype=dtype, device=device)
+            stack = [empty(self.n_local, *shape) for shape in (up, down, up)]
+            self.experts.extend(map(FeedForward, *stack))
+            if device.type == "cuda":  # for the kernels, which find an expert by number
+                self.stacks.append(stack)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         logits = self.gate(x)
-        sent = [(x, logits)]
+        inputs = [(x, logits)]
         if len(self.devices) > 1:
-            packed = torch.cat((x, logits), dim=-1)
-            copies = [
-                packed.to(device, non_blocking=True) for device in self.devices[1:]
-            ]
-            sent += [
-                copy.split((self.dim, self.num_experts), dim=-1) for copy in copies
-            ]
-        # Where nothing may wait for the host, it never learns who chose what; else it counts, once for all devices.
-        counts = None if x.is_cuda and len(x) <= 16 else self.count(logits)
-        partial = [
-            self.local_experts(i, *sent[i], counts) for i in reversed(range(len(sent)))
-        ]
-        return sum(
-            (p.to(x.device, non_blocking=True) for p in partial[:-1]), partial[-1]
-        )
+            packed = torch.cat((x, logits), dim=1)
+            for device in self.devices[1:]:
+                copy = packed.to(device, non_blocking=True)
+                inputs.append(copy.split((x.shape[1], logits.shape[1]), dim=1))
+        counts = None if x.is_cuda and len(x) <= DECODE_TOKENS else self.count(logits)
+        # The first device is last to be given its work: the others have to wait for it.
+        sums = [self.local_sum(i, *inputs[i], counts) for i in range(len(inputs))[::-1]]
+        for partial in reversed(sums):
+            residual = residual + partial.to(x.device, non_blocking=True)
+        return residual
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights, float32, and ids of each token's experts: both (T, top_k)."""
+        """The weights, in float32, and ids of each token's experts, both (T, top_k)."""
         logits, selected = torch.topk(logits.float(), self.top_k)
         return logits.softmax(dim=-1), selected
 
     def count(self, logits: Tensor) -> list[int]:
-        """How many tokens chose each expert: a wait for the device, the only one of the layer."""
+        """How many tokens chose each expert: the layer's one wait for the device."""
+        experts = torch.arange(logits.shape[1], device=logits.device)
         _, selected = self.route(logits)
-        return (
-            (
-                selected[..., None]
-                == torch.arange(self.num_experts, device=logits.device)
-            )
-            .sum((0, 1))
-            .tolist()
-        )
+        return (selected[..., None] == experts).sum((0, 1)).tolist()
 
-    def local_experts(
+    def local_sum(
         self, i: int, x: Tensor, logits: Tensor, counts: list[int] | None
     ) -> Tensor:
-        """The sum over device i's experts of weight * expert(x), for all tokens: (T, dim)."""
-        first = i * self.n_local
-        experts = self.experts[first : first + self.n_local]
+        """Sum of weight * expert(x) over device i's experts, (T, dim)."""
+        first, last = i * self.n_local, (i + 1) * self.n_local
+        if counts is None and kernels():
+            stack = self.stacks[i]
+            return kernels().moe_decode(x, logits, *stack, first, self.top_k)
         weights, selected = self.route(logits)
-        if counts is None:
-            dense = torch.zeros_like(logits, dtype=torch.float32).scatter(
-                1, selected, weights
-            )[:, first:]
-            return sum(
-                w[:, None] * expert(x) for w, expert in zip(dense.unbind(1), experts)
-            ).type_as(x)
-        # (token, choice) pairs sorted by expert: each expert works once, on a slice.
-        pairs = selected.flatten().argsort(stable=True)[sum(counts[:first]) :]
-        counts = counts[first : first + self.n_local]
-        pairs = pairs[: sum(counts)]
-        chosen = [
-            e(part)
-            for e, part in zip(experts, x[pairs // self.top_k].split(counts))
-            if len(part)
-        ]
-        out = x.new_zeros(len(x) * self.top_k, self.dim)
+        experts = self.experts[first:last]
+        if (
+            counts is None
+        ):  # nobody knows who was chosen: a weight of 0 says who was not
+            weights = torch.zeros_like(logits).float().scatter(1, selected, weights)
+            held = zip(weights[:, first:last].split(1, dim=1), experts)
+            return sum(weight * expert(x) for weight, expert in held).type_as(x)
+        # All (token, choice) pairs, sorted by expert: each expert works once, on a slice.
+        begin, end = sum(counts[:first]), sum(counts[:last])
+        pairs = selected.flatten().argsort(stable=True)[begin:end]
+        parts = x[pairs // self.top_k].split(counts[first:last])
+        chosen = [expert(part) for expert, part in zip(experts, parts) if len(part)]
+        out = x.new_zeros(len(x) * self.top_k, x.shape[1])
         if chosen:
             out[pairs] = torch.cat(chosen)
-        return (
-            (out.view(len(x), self.top_k, self.dim) * weights[..., None])
-            .sum(1)
-            .type_as(x)
-        )
+        return (out.view(*selected.shape, -1) * weights[..., None]).sum(1).type_as(x)
 
 
 class TransformerBlock(nn.Module):
@@ -270,25 +266,23 @@ class TransformerBlock(nn.Module):
         self, args: ModelArgs, devices: Sequence[torch.device], dtype: torch.dtype
     ):
         super().__init__()
+        norms = torch.empty(2, args.dim, dtype=dtype, device=devices[0])
         self.attention = Attention(args, devices[0], dtype)
         self.feed_forward = MoE(args, devices, dtype)
-        self.attention_norm = RMSNorm(
-            torch.empty(args.dim, dtype=dtype, device=devices[0]), args.norm_eps
-        )
-        self.ffn_norm = RMSNorm(
-            torch.empty(args.dim, dtype=dtype, device=devices[0]), args.norm_eps
-        )
+        self.attention_norm = RMSNorm(norms[0], args.norm_eps)
+        self.ffn_norm = RMSNorm(norms[1], args.norm_eps)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, batch: Batch) -> Tensor:
-        h = x + self.attention(self.attention_norm(x), freqs_cis, batch)
-        return h + self.feed_forward(self.ffn_norm(h))
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        h = self.attention(self.attention_norm(x), x, batch)  # x + attention
+        return self.feed_forward(self.ffn_norm(h), h)  # h + feed_forward
 
 
 class Transformer(nn.Module):
-    """The whole model, its weights allocated but not filled, under the names of the published checkpoint.
+    """The whole model under the checkpoint's names, its weights allocated, not filled.
 
-    Expert e of every layer is on devices[e // (num_experts / len(devices))], all else on devices[0]. A device may
-    be named more than once. Raises ValueError where the experts do not divide among the devices.
+    Expert e of every layer is on devices[e // (num_experts / len(devices))], all else
+    on devices[0]. A device may be named more than once. Raises ValueError where the
+    devices cannot have equally many experts.
     """
 
     def __init__(
@@ -301,21 +295,19 @@ class Transformer(nn.Module):
         devices = [torch.device(device) for device in devices]
         if not devices or params.num_experts % len(devices):
             raise ValueError(
-                f"{params.num_experts} experts cannot be shared equally by {len(devices)} devices"
+                f"{params.num_experts} experts cannot be shared equally "
+                f"by {len(devices)} devices"
             )
-        self.params, self.device = params, devices[0]
-        self.tok_embeddings = nn.Embedding.from_pretrained(
-            torch.empty(params.vocab_size, params.dim, dtype=dtype, device=self.device)
-        )
+        self.params, self.devices, self.device = params, devices, devices[0]
+        self.graphs, self.pool = {}, None  # by number of rows: see decode()
+        empty = functools.partial(torch.empty, dtype=dtype, device=self.device)
+        table = empty(params.vocab_size, params.dim)
+        self.tok_embeddings = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(
             TransformerBlock(params, devices, dtype) for _ in range(params.n_layers)
         )
-        self.norm = RMSNorm(
-            torch.empty(params.dim, dtype=dtype, device=self.device), params.norm_eps
-        )
-        self.output = Linear(
-            torch.empty(params.vocab_size, params.dim, dtype=dtype, device=self.device)
-        )
+        self.norm = RMSNorm(empty(params.dim), params.norm_eps)
+        self.output = Linear(empty(params.vocab_size, params.dim))
         self.freqs_cis = precompute_freqs_cis(
             params.head_dim, params.max_seq_len, params.rope_theta
         ).to(self.device)
@@ -324,7 +316,8 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] = 0) -> Tensor:
         """Logits, float32 (bsz, seqlen, vocab), after each of tokens (bsz, seqlen).
 
-        start_pos is the position of each row's first token, or one for all rows; what precedes it is in the cache.
+        start_pos is the position of each row's first token, or one for all rows; what
+        precedes it is in the cache.
         """
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
@@ -335,20 +328,68 @@ class Transformer(nn.Module):
     def forward_packed(
         self, tokens: Tensor, spans: Sequence[Span], last_only: bool = False
     ) -> Tensor:
-        """Logits, float32 (T, vocab), of spans laid end to end; with last_only those after each span's end alone."""
-        rows = torch.tensor(
-            [s.row for s in spans for _ in range(s.length)], device=self.device
+        """Logits, float32 (T, vocab), after each token of the spans laid end to end.
+
+        With last_only only those after each span's last token, (len(spans), vocab).
+        """
+        to_device = functools.partial(
+            torch.Tensor.to, device=self.device, non_blocking=True
         )
-        positions = torch.tensor(
-            [p for s in spans for p in range(s.start, s.start + s.length)],
-            device=self.device,
-        )
-        batch = Batch(spans, rows, positions)
-        h = self.tok_embeddings(tokens.to(self.device))  # (T, dim)
-        freqs_cis = self.freqs_cis[positions]
+        where = [(s.row, s.start + i) for s in spans for i in range(s.length)]
+        rows, positions = to_device(torch.tensor(where).T.contiguous())
+        tokens = to_device(tokens)
+        one_each = len(tokens) == len(spans) <= DECODE_TOKENS
+        if one_each and self.device.type == "cuda" and kernels():
+            return self.decode(tokens, rows, positions)
+        ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
+        batch = Batch(spans, rows, positions, self.freqs_cis[positions])
+        return self.run(tokens, batch, to_device(ends) if last_only else None)
+
+    def run(self, tokens: Tensor, batch: Batch, ends: Tensor | None = None) -> Tensor:
+        h = self.tok_embeddings(tokens)  # (T, dim)
         for layer in self.layers:
-            h = layer(h, freqs_cis, batch)
-        if last_only and len(h) > len(spans):
-            ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
-            h = h[ends.to(self.device)]
+            h = layer(h, batch)
+        if ends is not None:
+            h = h[ends]
         return self.output(self.norm(h)).float()
+
+    def decode(self, *inputs: Tensor) -> Tensor:
+        """run() of one token for each row, given their tokens, rows and positions.
+
+        On one device it is recorded once for each number of rows, as a CUDA graph that
+        holds for all positions, and from then on replayed: one launch instead of ten a
+        layer.
+        """
+        n = len(inputs[0])
+        if n not in self.graphs:
+            self.graphs[n] = self.capture(inputs)
+        if self.graphs[n] is None:
+            return self.run(inputs[0], Batch(None, *inputs[1:], self.freqs_cis))
+        graph, buffers, logits = self.graphs[n]
+        for buffer, value in zip(buffers, inputs):
+            buffer.copy_(value)
+        graph.replay()
+        return logits.clone()  # the next replay writes over the graph's own
+
+    def capture(
+        self, inputs: Sequence[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor] | None:
+        """The recorded step, its inputs and its output; None where it cannot be had."""
+        if len(set(self.devices)) > 1:
+            return None
+        buffers = [x.clone() for x in inputs]
+        step = functools.partial(
+            self.run, buffers[0], Batch(None, *buffers[1:], self.freqs_cis)
+        )
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.device(self.device):
+                step()  # compiles what is not compiled, which a recording cannot
+                torch.cuda.synchronize()
+                self.pool = self.pool or torch.cuda.graph_pool_handle()
+                with torch.cuda.graph(graph, pool=self.pool):
+                    logits = step()
+        except RuntimeError as error:
+            warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
+            return None
+        return graph, buffers, logits

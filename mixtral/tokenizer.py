@@ -1,9 +1,11 @@
 """Text to tokens and back."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
+
+TAGS = ("[INST]", "[/INST]", "<s>", "</s>")
 
 
 class Tokenizer:
@@ -30,6 +32,40 @@ class Tokenizer:
 
     def decode(self, t: list[int]) -> str:
         return self.sp_model.decode(t)
+
+    def encode_dialog(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
+        """A dialog in the format its model was trained on, up to where the assistant speaks.
+
+        The format is the first (8x7B) where the tags [INST] and [/INST] are plain text,
+        and the third (8x22B) where they are tokens. Raises ValueError where the roles are
+        not system, if any, then user and assistant in turn, or where a message holds tags.
+        """
+        system = [m["content"] for m in dialog[:1] if m["role"] == "system"]
+        turns = list(dialog[len(system) :])
+        roles = [("user", "assistant")[i % 2] for i in range(len(turns))]
+        if len(turns) % 2 == 0 or [m["role"] for m in turns] != roles:
+            raise ValueError(
+                "a dialog is a system message or none, then user, assistant, ..., user"
+            )
+        if any(tag in m["content"] for m in dialog for tag in TAGS):
+            raise ValueError(f"a message must not contain {', '.join(TAGS)}")
+        begin, end = (self.sp_model.piece_to_id(tag) for tag in TAGS[:2])
+        third = self.sp_model.is_control(begin)
+        tokens = [self.bos_id]
+        for i, message in enumerate(turns):
+            text = message["content"]
+            if i == (
+                len(turns) - 1 if third else 0
+            ):  # the turn that takes the system's
+                text = "\n\n".join([*system, text])
+            if message["role"] == "assistant":
+                text = text.rstrip(" ") if third else text
+                tokens += self.encode(text, bos=False, eos=True)
+            elif third:
+                tokens += [begin, *self.encode(text, bos=False, eos=False), end]
+            else:
+                tokens += self.encode(f"[INST] {text} [/INST]", bos=False, eos=False)
+        return tokens
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Text as its tokens come, never half a character; joined, it is decode() of all of them."""
