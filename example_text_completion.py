@@ -36,72 +36,63 @@ def main(
     max_batch_size: int = 4,
     num_gpus: int = 2,
     prompt: str | None = None,
+    stream: bool = False,
     **unknown,
 ):
     """Complete the prompts in this script, or the one given, and print the completions.
 
     Args:
-        ckpt_dir: folder with the downloaded weights and their params.json
+        ckpt_dir: the downloaded folder, with the weights and their sizes
         tokenizer_path: the checkpoint's tokenizer.model
-        temperature: 0 takes the likeliest token each time; the higher, the more varied the text
-        top_p: draw from the likeliest tokens that together have this probability
+        temperature: 0 takes the likeliest token; the higher, the more varied the text
+        top_p: draw from the likeliest tokens that have this probability together
         max_seq_len: room for a prompt and its completion, in tokens
-        max_gen_len: at most so many new tokens for each prompt
-        max_batch_size: room for so many prompts at once
+        max_gen_len: at most so many new tokens for a prompt
+        max_batch_size: room for so many prompts
         num_gpus: spread the experts over 1, 2, 4 or 8 GPUs; 0 runs on the CPU
         prompt: complete this text instead of the script's prompts
+        stream: complete one prompt after the other and print the text as it comes
     """
+    values = locals()
     if unknown:
-        raise ValueError(
-            f"there is no option --{next(iter(unknown))}: --help lists them"
-        )
-    numbers = {"temperature": temperature, "top_p": top_p}
-    counts = {
-        "max_seq_len": max_seq_len,
-        "max_gen_len": max_gen_len,
-        "max_batch_size": max_batch_size,
-    }
-    for name, value in (numbers | counts).items():
-        if isinstance(value, bool) or not isinstance(
-            value, int if name in counts else (int, float)
-        ):
-            raise ValueError(
-                f"--{name} is a {'whole ' if name in counts else ''}number, not {value!r}"
-            )
-    for name, value in counts.items():
-        if value < 1:
+        raise ValueError(f"there is no option --{min(unknown)}: --help lists them")
+    for name, kind in main.__annotations__.items():
+        value = values[name]
+        if kind in (int, float) and type(value) not in (int, kind):
+            whole = "whole " * (kind is int)
+            raise ValueError(f"--{name} is a {whole}number, not {value!r}")
+        if kind is int and name != "num_gpus" and value < 1:
             raise ValueError(f"--{name} is at least 1, not {value}")
 
-    from mixtral import Mixtral, ModelArgs, Tokenizer
+    from mixtral import Mixtral, ModelArgs, Tokenizer  # takes seconds: PyTorch
     from mixtral.generation import check_request
 
     prompts = PROMPTS if prompt is None else [prompt]
     tokenizer = Tokenizer(tokenizer_path)
+    tokens = [tokenizer.encode(text, bos=True, eos=False) for text in prompts]
     room = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    check_request(
-        [tokenizer.encode(p, bos=True, eos=False) for p in prompts],
-        room,
-        temperature,
-        top_p,
-    )
+    check_request(tokens, room, temperature, top_p)  # before minutes of loading
     generator = Mixtral.build(
         ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, num_gpus
     )
-    results = generator.text_completion(prompts, temperature, top_p, max_gen_len)
-    for text, result in zip(prompts, results):
-        print(text)
-        print(f"> {result['generation']}")
-        print("\n==================================\n")
+    if stream:
+        options = temperature, top_p, max_gen_len
+        texts = (generator.stream_completion(text, *options) for text in prompts)
+    else:
+        results = generator.text_completion(prompts, temperature, top_p, max_gen_len)
+        texts = ([result["generation"]] for result in results)
+    for text, pieces in zip(prompts, texts):
+        print(text, end="\n> ", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n\n==================================\n")
 
 
 if __name__ == "__main__":
     try:
         fire.Fire(main)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(
-            f"{type(error).__name__}: {error}"
-            if isinstance(error, OSError) and error.errno
-            else f"error: {error}"
-        )
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
+        print()
         sys.exit(130)
