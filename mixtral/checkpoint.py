@@ -54,7 +54,7 @@ ACTIVATIONS = 2**30  # bytes a device needs beside weights and cache, generously
 
 
 def find_files(folder: Path) -> list[Path]:
-    """The files with a folder's weights, or FileNotFoundError or ValueError saying why none can be read."""
+    """The files that hold a folder's weights, all of them there."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: give the checkpoint's folder")
     names = {path.name for path in folder.iterdir() if not path.is_dir()}
@@ -64,57 +64,45 @@ def find_files(folder: Path) -> list[Path]:
 
     pickles = matching(r"consolidated\.\d+\.pth?")
     safetensors = matching(r"(consolidated|model(-\d+-of-\d+)?)\.safetensors")
+    parts = matching(r"consolidated\.00\.pth-split\d+")
+    files = pickles or safetensors
     if pickles and safetensors:
-        raise ValueError(
-            f"{folder} holds the weights twice, as {pickles[0]} and {safetensors[0]}: "
-            f"move one kind out of the folder"
-        )
-    if parts := matching(r"consolidated\.00\.pth-split\d+"):
+        both = f"{pickles[0]} and {safetensors[0]}"
+        raise ValueError(f"{folder} holds {both}: move one kind of weights elsewhere")
+    if parts and not files:
         last = max(int(part.rpartition("split")[2]) for part in parts)
-        missing = {f"consolidated.00.pth-split{i}" for i in range(last + 1)} - names
-        if missing:
-            raise FileNotFoundError(f"{min(missing)} is missing in {folder}: get it")
-        if not pickles:
-            raise FileNotFoundError(
-                f"the parts in {folder} are still to be joined: cd {folder} && "
-                f"cat consolidated.00.pth-split{{0..{last}}} > consolidated.00.pth"
-            )
-    if "model.safetensors.index.json" in names:
+        files = [f"consolidated.00.pth-split{i}" for i in range(last + 1)]
+    elif "model.safetensors.index.json" in names:
         index = read_json(folder / "model.safetensors.index.json")
         files = sorted(set(index.get("weight_map", {}).values()))
-    elif shards := [n for n in pickles + safetensors if re.search(r"-of-|\d\.pt$", n)]:
-        # No index says how many shards there are: they are numbered, or are the eight.
-        count = int((re.search(r"-of-(\d+)", shards[0]) or [0, "8"])[1])
-        if "-of-" in shards[0]:
-            files = [
-                f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)
-            ]
-        else:
-            files = [f"consolidated.{i:02}.pt" for i in range(count)]
-    else:
-        files = pickles or safetensors
+    elif files and (match := re.search(r"-of-(\d+)", files[0])):
+        count = int(match[1])
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    elif files and files[0].endswith(".pt"):
+        files = [f"consolidated.{i:02}.pt" for i in range(8)]
     if missing := [name for name in files if name not in names]:
+        part = f"{len(missing)} of {len(files)} files"
+        raise FileNotFoundError(f"{missing[0]} is missing in {folder}, {part} are")
+    if set(parts) & set(files):
         raise FileNotFoundError(
-            f"{missing[0]} is missing in {folder}, {len(missing)} of {len(files)} "
-            f"files are: finish the download"
+            f"{folder} holds parts to be joined: cd {folder} && cat consolidated.00.pth"
+            f"-split{{0..{last}}} > consolidated.00.pth"
+        )
+    if not files and (gguf := matching(r".*\.gguf")):
+        raise ValueError(
+            f"{gguf[0]} is a GGUF, for llama.cpp: get the original weights"
         )
     if not files:
-        if gguf := matching(r".*\.gguf"):
-            raise ValueError(f"{gguf[0]} is a GGUF, for llama.cpp: get the original")
-        raise FileNotFoundError(
-            f"no weights in {folder}: expected consolidated.* or model*.safetensors"
-        )
+        wanted = "consolidated.* or model*.safetensors"
+        raise FileNotFoundError(f"no weights in {folder}: expected {wanted}")
     return [folder / name for name in files]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it again") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object: download it again")
-    return value
+        return {**json.loads(path.read_bytes())}
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is no JSON object: download it again") from error
 
 
 def read_params(
@@ -156,199 +144,163 @@ def read_params(
 def check_zip(path: Path) -> None:
     """Raise where a pickle's archive is damaged in a way that could displace tensors.
 
-    The pickle has a checksum, the weights have none that could be checked in time: but
-    each must lie, aligned as PyTorch writes it, right before the next record.
+    The pickle has a checksum. The weights' would take too long; but each must lie, at a
+    multiple of 64 bytes as PyTorch writes it, between its own header and the next.
     """
     with zipfile.ZipFile(path) as archive, path.open("rb") as file:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
         for record, end in zip(records, ends):
-            file.seek(record.header_offset)
-            *_, name, extra = struct.unpack("<4s5H3I2H", file.read(30))
+            file.seek(record.header_offset + 26)
+            name, extra = struct.unpack("<2H", file.read(4))
             start = record.header_offset + 30 + name + extra
-            gap = end - start - record.file_size
-            if (
-                file.read(name) != record.filename.encode()
-                or start % 64
-                or gap not in range(25)
-            ):
-                raise zipfile.BadZipFile(f"its record {record.filename} is displaced")
+            named = file.read(name) == record.filename.encode()
+            gap = end - start - record.file_size  # at most a data descriptor
+            if not named or start % 64 or gap not in range(25):
+                raise zipfile.BadZipFile(f"{record.filename} is displaced")
             if record.filename.endswith("data.pkl"):
                 archive.read(record)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
     """A file's tensors under its own names, mapped from it, not read."""
-    if path.suffix != ".safetensors":
-        try:
+    try:
+        if path.suffix != ".safetensors":
             check_zip(path)
             # weights_only: a pickle may hold tensors, never code that runs.
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:
-            why = str(error).splitlines()[0].partition(". ")[0]
-            raise ValueError(
-                f"{path} is damaged, incomplete or no checkpoint ({why}): download it again"
-            ) from error
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise RuntimeError(f"to read {path.name}: pip install safetensors") from error
-    try:
+        from safetensors import safe_open
+
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or incomplete ({error}{missing_bytes(path)}): download it again"
-        ) from error
+    except ImportError as error:
+        raise RuntimeError(f"to read {path.name}: pip install safetensors") from error
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:
+        # Whatever a damaged file makes its reader raise.
+        why = str(error).partition("\n")[0].partition(". ")[0] + missing_bytes(path)
+        raise ValueError(f"{path} is damaged ({why}): download it again") from error
 
 
 def missing_bytes(path: Path) -> str:
-    """How many bytes a safetensors file is short of, by its header, where that can be told."""
+    """How much of a safetensors file is missing, where its header tells."""
     with path.open("rb") as file:
-        size = path.stat().st_size
-        header = int.from_bytes(file.read(8), "little")
+        size, header = path.stat().st_size, int.from_bytes(file.read(8), "little")
         try:
-            offsets = [
-                v["data_offsets"][1]
-                for k, v in json.loads(file.read(min(header, size))).items()
-                if k != "__metadata__"
-            ]
-            short = 8 + header + max(offsets) - size
+            tensors = json.loads(file.read(min(header, size)))
+            tensors.pop("__metadata__", None)
+            whole = 8 + header + max(t["data_offsets"][1] for t in tensors.values())
         except (ValueError, TypeError, KeyError, AttributeError):
             return ""
-    return f", {short} of {size + short} bytes are missing" if short > 0 else ""
+    return f", {whole - size} of {whole} bytes are missing" if whole > size else ""
 
 
 def memory_needed(args: ModelArgs, n_devices: int, itemsize: int = 2) -> list[int]:
-    """Bytes of weights and cache on each device, the first and those with experts only."""
+    """Bytes of weights and cache on each device."""
     attention = 2 * args.dim * args.head_dim * (args.n_heads + args.n_kv_heads)
     layer = attention + args.dim * (2 + args.num_experts)
     cache = 2 * args.max_batch_size * args.max_seq_len * args.n_kv_heads * args.head_dim
     shared = args.n_layers * (layer + cache) + args.dim * (1 + 2 * args.vocab_size)
-    experts = (
-        args.n_layers * args.num_experts // n_devices * 3 * args.dim * args.hidden_dim
-    )
-    freqs_cis = 4 * args.max_seq_len * args.head_dim
-    return [shared * itemsize + experts * itemsize + freqs_cis] + [
-        experts * itemsize
-    ] * (n_devices - 1)
+    experts = args.n_layers * args.num_experts * 3 * args.dim * args.hidden_dim
+    need = [experts // n_devices * itemsize] * n_devices
+    need[0] += shared * itemsize + 4 * args.max_seq_len * args.head_dim  # freqs_cis
+    return need
 
 
 def check_memory(args: ModelArgs, devices: Sequence[str], itemsize: int = 2) -> None:
-    """Raise RuntimeError with a table where the model does not fit what is free on its devices."""
+    """Raise RuntimeError, with a table, where a device has too little free memory."""
+
+    def needed(n: int) -> list[int]:
+        return [bytes + ACTIVATIONS for bytes in memory_needed(args, n, itemsize)]
+
     free = [free_memory(device) for device in devices]
-    need = [n + ACTIVATIONS for n in memory_needed(args, len(devices), itemsize)]
-    if all(n <= f for n, f in zip(need, free)):
+    table = list(zip(devices, needed(len(devices)), free))
+    if all(need <= has for _, need, has in table):
         return
-    table = "".join(
-        f"\n  {d:8}needs {n / 1e9:6.1f} GB, {f / 1e9:6.1f} GB are free"
-        for d, n, f in zip(devices, need, free)
+    more = [n for n in (2, 4, 8) if n > len(devices) and args.num_experts % n == 0]
+    fits = [n for n in more if max(needed(n)) <= min(free) and devices[0] != "cpu"]
+    advice = "lower --max-seq-len and --max-batch-size, or use more memory"
+    if fits:
+        advice = f"it fits on cards like these with --num-gpus {fits[0]}"
+    lines = (
+        f"\n  {device:7} needs {need / 1e9:6.1f} GB, {has / 1e9:6.1f} GB are free"
+        for device, need, has in table
     )
-    fits = [
-        n
-        for n in (1, 2, 4, 8)
-        if n > len(devices)
-        and args.num_experts % n == 0
-        and max(memory_needed(args, n, itemsize)) + ACTIVATIONS <= min(free)
-    ]
-    advice = (
-        f"cards like these hold it with --num-gpus {fits[0]}"
-        if fits and devices != ["cpu"]
-        else "lower --max-seq-len or --max-batch-size, or use more memory"
-    )
-    raise RuntimeError(f"the model does not fit: {advice}{table}")
+    raise RuntimeError(f"the model does not fit: {advice}{''.join(lines)}")
 
 
 def free_memory(device: str) -> int:
     if device != "cpu":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        fields = dict(
-            line.split(":") for line in Path("/proc/meminfo").read_text().splitlines()
-        )
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return 2**63  # not Linux: its own allocator will tell
+        meminfo = Path("/proc/meminfo").read_text()
+    except OSError:  # not Linux: nothing asks
+        return 2**63
+    return int(re.search(r"MemAvailable: +(\d+)", meminfo)[1]) * 1024
 
 
 def rename(name: str, tensor: Tensor, num_experts: int) -> Iterator[tuple[str, Tensor]]:
-    """A file's tensor as the model's: the experts' own where they are stacked in one."""
+    """A file's tensor as the model's: an expert's own where they are stacked in one."""
     for theirs, ours in NAMES.items():
         name = name.replace(theirs, ours)
     stacked = re.fullmatch(r"(layers\.\d+\.feed_forward)\.(w[123])", name)
-    if stacked and tensor.dim() == 2 and len(tensor) % num_experts == 0:
-        prefix, w = stacked.groups()
-        for i, part in enumerate(tensor.chunk(num_experts)):
-            yield f"{prefix}.experts.{i}.{w}.weight", part.T if w == "w2" else part
-    else:
-        yield name, tensor
+    if not stacked or tensor.dim() != 2 or len(tensor) % num_experts:
+        return iter([(name, tensor)])
+    prefix, w = stacked.groups()
+    parts = (t.T if w == "w2" else t for t in tensor.chunk(num_experts))
+    return ((f"{prefix}.experts.{i}.{w}.weight", t) for i, t in enumerate(parts))
+
+
+def match(model: Transformer, folder: Path) -> dict[str, tuple[Tensor, bool]]:
+    """Each parameter's tensor, and whether it keeps rotary pairs as halves, the hub's
+    way. Raises ValueError where tensors and parameters are not one to one."""
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    found: dict[str, tuple[Tensor, bool]] = {}
+    for path in find_files(folder):
+        for original, stored in read_file(path).items():
+            what = f"{original} in {path}"
+            kind = getattr(stored, "dtype", type(stored))
+            if kind not in (torch.bfloat16, torch.float16, torch.float32):
+                raise ValueError(f"{what} is {kind}: get the bfloat16 original")
+            halves = re.search(r"self_attn\.[qk]_proj", original) is not None
+            for name, tensor in rename(original, stored, model.params.num_experts):
+                if name not in shapes:
+                    raise ValueError(f"the model has no place for {what}")
+                if name in found:
+                    raise ValueError(f"{what} is there a second time")
+                if tensor.shape != shapes[name]:
+                    is_, wanted = tuple(tensor.shape), tuple(shapes[name])
+                    raise ValueError(f"{what} is {is_}, its config says {wanted}")
+                found[name] = tensor, halves
+    if missing := shapes.keys() - found.keys():
+        count = f"{len(missing)} of {len(shapes)} tensors"
+        raise ValueError(f"{folder} lacks {min(missing)}, in all {count}")
+    return found
 
 
 @torch.inference_mode()
 def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
-    """Fill every parameter of the model with its tensor. Raises ValueError where they do not match one to one.
+    """Fill every parameter of the model with its tensor.
 
-    On the CPU a parameter is the mapped file itself where that has the right dtype.
+    On the CPU the mapped file itself becomes the parameter, where the dtype is right.
     """
-    parameters = dict(model.named_parameters())
-    plan: dict[str, tuple[Tensor, bool]] = {}
-    for path in find_files(Path(ckpt_dir)):
-        for original, stored in read_file(path).items():
-            for name, tensor in rename(original, stored, model.params.num_experts):
-                what = f"{original} in {path}"
-                if name not in parameters:
-                    raise ValueError(f"the model has no place for {what}")
-                if name in plan:
-                    raise ValueError(f"{what} fills {name} a second time")
-                if tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-                    raise ValueError(
-                        f"{what} is {tensor.dtype}: get a bfloat16 checkpoint"
-                    )
-                if tensor.shape != parameters[name].shape:
-                    raise ValueError(
-                        f"{what} is {tuple(tensor.shape)}, its config says {tuple(parameters[name].shape)}"
-                    )
-                # The hub keeps a rotary pair's halves apart, here they lie side by side.
-                plan[name] = tensor, bool(re.search(r"self_attn\.[qk]_proj", original))
-    if missing := parameters.keys() - plan.keys():
-        raise ValueError(
-            f"{ckpt_dir} lacks {min(missing)}, {len(missing)} of the model's tensors in all"
-        )
-    total, done, begin = (
-        sum(tensor.nbytes for tensor, _ in plan.values()),
-        0,
-        time.time(),
-    )
-    for name, (tensor, halves) in plan.items():
-        parameter = parameters[name]
+    found = match(model, Path(ckpt_dir))
+    total = sum(tensor.nbytes for tensor, _ in found.values()) / 1e9
+    done, begin = 0.0, time.time()
+    for name, parameter in model.named_parameters():
+        tensor, halves = found[name]
         if halves:
-            tensor = (
-                tensor.unflatten(0, (-1, 2, model.params.head_dim // 2))
-                .transpose(1, 2)
-                .flatten(0, 2)
-            )
-        if mappable(parameter, tensor) and not re.search(r"w[qkv]\.", name):
-            tensor.flatten()[
-                ::2048
-            ].sum()  # a number from every page brings the file in
+            pairs = tensor.unflatten(0, (-1, 2, model.params.head_dim // 2))
+            tensor = pairs.transpose(1, 2).flatten(0, 2)
+        same = tensor.dtype == parameter.dtype and tensor.is_contiguous()
+        if same and parameter.device.type == "cpu" and not re.search(r"w[qkv]\.", name):
+            tensor.view(-1)[::2048].sum()  # of every page a number: it is read now
             parameter.data = tensor
         else:
             parameter.copy_(tensor)
-        done += tensor.nbytes
+        done += tensor.nbytes / 1e9
         if sys.stderr.isatty():
-            rate = done / (time.time() - begin) / 1e9
-            sys.stderr.write(
-                f"\r{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate:.1f} GB/s, {name}\033[K"
-            )
-    if sys.stderr.isatty():
-        sys.stderr.write("\r\033[K")
-
-
-def mappable(parameter: Tensor, tensor: Tensor) -> bool:
-    return (
-        parameter.device.type == "cpu"
-        and parameter.dtype == tensor.dtype
-        and tensor.is_contiguous()
-    )
+            rate = done / (time.time() - begin)
+            line = f"\r{done:.1f} of {total:.1f} GB, {rate:.1f} GB/s, {name}\033[K"
+            print(line if done < total else "\r\033[K", end="", file=sys.stderr)

@@ -156,9 +156,9 @@ W1 = "layers.0.feed_forward.experts.1.w1.weight"
         ("A", shutil.rmtree, "no folder at"),
         ("A", drop(PICKLE), "no weights in"),
         ("A", drop("params.json"), "no params.json"),
-        ("A", put("params.json", b"{"), "not JSON"),
-        ("A", put("params.json", b"[]"), "not a JSON object"),
-        ("A", put("params.json", b"\xff\xfe"), "not JSON"),
+        ("A", put("params.json", b"{"), "no JSON"),
+        ("A", put("params.json", b"[]"), "no JSON object"),
+        ("A", put("params.json", b"\xff\xfe"), "no JSON"),
         ("A", edit("params.json", moe=None), "dense model"),
         ("A", edit("params.json", dim="32"), "no usable dim"),
         ("A", edit("params.json", n_heads=None), "no usable n.*heads"),
@@ -166,13 +166,13 @@ W1 = "layers.0.feed_forward.experts.1.w1.weight"
         ("A", edit("params.json", head_dim=4), r"is \(32, 32\).*says \(16, 32\)"),
         ("A", split(10), r"cat consolidated.00.pth-split\{0..10\} > consolidated"),
         ("A", split(10, {3}), "split3 is missing"),
-        ("A", put("model.safetensors"), "weights twice"),
+        ("A", put("model.safetensors"), "move one kind"),
         ("A", put(PICKLE, b""), "consolidated.00.pth is damaged"),
         ("A", cut(PICKLE, 9000), "consolidated.00.pth is damaged"),
         ("B", drop("consolidated.03.pt"), "consolidated.03.pt is missing"),
         ("B", drop("consolidated.07.pt"), "consolidated.07.pt is missing"),
         ("C", cut("consolidated.safetensors", -7), "7 of .* bytes are missing"),
-        ("C", put("consolidated.safetensors", HOLES), "damaged or incomplete"),
+        ("C", put("consolidated.safetensors", HOLES), "is damaged"),
         ("C", tensors(lambda s: s.pop(W1)), f"lacks {W1}"),
         ("C", tensors(lambda s: s.update(extra=s[W1] + 1)), "no place for extra"),
         ("C", tensors(lambda s: s.update({W1: s[W1][1:]})), r"is \(47, 32\)"),
@@ -229,7 +229,7 @@ def test_a_pickle_cannot_run_code(source, folders, tmp_path):
     mark = tmp_path / "ran"
     state = {name: t.clone() for name, t in source.state_dict().items()}
     torch.save(state | {"norm.weight": Bomb(mark)}, folder / PICKLE)
-    with pytest.raises(ValueError, match="damaged|no checkpoint"):
+    with pytest.raises(ValueError, match="damaged"):
         load(folder)
     assert not mark.exists()
 
