@@ -1,4 +1,4 @@
-"""Prompts in, text out: the class `Mixtral`, with the methods, arguments and results of Llama 2's `Llama`."""
+"""Prompts in, text out: `Mixtral`, with the methods and results of Llama 2's `Llama`."""
 
 import sys
 import time
@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checkpoint import check_memory, load_checkpoint, read_params
-from .model import Span, Transformer
+from .model import ModelArgs, Span, Transformer
 from .tokenizer import Tokenizer
 
-PREFILL_TOKENS = 2048  # in one forward: enough to keep a card's matrix units busy, and a bound on activation memory
+# Prompts are read so many tokens at a time: enough to keep a GPU's matrix units busy,
+# and a bound on the memory for activations.
+PREFILL_TOKENS = 2048
 
 
 class Message(TypedDict):
@@ -33,8 +35,8 @@ class CompletionPrediction(TypedDict, total=False):
 
 class ChatPrediction(TypedDict, total=False):
     generation: Message
-    tokens: list[str]  # with logprobs only
-    logprobs: list[float]  # with logprobs only
+    tokens: list[str]
+    logprobs: list[float]
 
 
 class Mixtral:
@@ -48,10 +50,10 @@ class Mixtral:
         seed: int = 1,
         dtype: torch.dtype = torch.bfloat16,
     ) -> "Mixtral":
-        """Load a checkpoint onto num_gpus GPUs, or the CPU for 0.
+        """Load a checkpoint onto num_gpus GPUs, or for the CPU with 0.
 
-        Raises FileNotFoundError, ValueError or RuntimeError with a message for a person, wherever possible before
-        a weight is read.
+        Raises FileNotFoundError, ValueError or RuntimeError with a message for a
+        person, before a weight is read.
         """
         start_time = time.time()
         devices = find_devices(num_gpus)
@@ -59,8 +61,8 @@ class Mixtral:
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
         if params.vocab_size != tokenizer.n_words:
             raise ValueError(
-                f"the checkpoint has a vocabulary of {params.vocab_size} and the tokenizer one of {tokenizer.n_words}: "
-                f"{tokenizer_path} is not the tokenizer of {ckpt_dir}"
+                f"{tokenizer_path} has a vocabulary of {tokenizer.n_words}, the "
+                f"checkpoint one of {params.vocab_size}: use the tokenizer beside it"
             )
         check_memory(params, devices, dtype.itemsize)
         model = Transformer(params, devices, dtype)
@@ -82,64 +84,58 @@ class Mixtral:
         logprobs: bool = False,
         echo: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Each prompt's continuation, after the prompt itself with echo, and the log-probability of each token.
+        """Each prompt's continuation, with echo after the prompt, and log-probabilities.
 
-        A row ends at eos, which is not part of it, after max_gen_len tokens, or at max_seq_len. Log-probabilities
-        are the model's own, before temperature and top_p; the first token of a prompt has 0.
+        A row ends before eos, after max_gen_len tokens, or at max_seq_len. The
+        log-probabilities are the model's own, of before temperature and top_p, and 0
+        for a prompt's first token. Raises ValueError as check_request does.
         """
         check_request(prompt_tokens, self.model.params, temperature, top_p)
         if not prompt_tokens:
             return [], [] if logprobs else None
-        logits, prompt_logprobs = self.prefill(prompt_tokens, logprobs and echo)
+        logits, values = self.prefill(prompt_tokens, logprobs and echo)
         tokens = [list(prompt) if echo else [] for prompt in prompt_tokens]
-        lengths = [len(prompt) for prompt in prompt_tokens]
-        for row, token, logprob in self.decode(
-            logits, lengths, max_gen_len, temperature, top_p, logprobs
-        ):
+        starts = [len(prompt) for prompt in prompt_tokens]
+        options = max_gen_len, temperature, top_p, logprobs
+        for row, token, value in self.decode(logits, starts, *options):
             tokens[row].append(token)
-            prompt_logprobs[row].append(logprob)
-        return tokens, prompt_logprobs if logprobs else None
+            values[row].append(value)
+        return tokens, values if logprobs else None
 
     @torch.inference_mode()
     def prefill(
         self, prompts: list[list[int]], logprobs: bool = False
     ) -> tuple[Tensor, list[list[float]]]:
-        """Fill the cache with the prompts; the logits (bsz, vocab) after each, and with logprobs its own, else []."""
-        last: list[Tensor] = [torch.empty(0)] * len(prompts)
-        values: list[list[float]] = [[0.0] if logprobs else [] for _ in prompts]
-        done = [0] * len(prompts)
-        while any(done[row] < len(prompt) for row, prompt in enumerate(prompts)):
-            spans, room = [], PREFILL_TOKENS
-            for row, prompt in enumerate(prompts):
-                length = min(room, len(prompt) - done[row])
-                if length:
-                    spans.append(Span(row, done[row], length))
-                    done[row] += length
-                    room -= length
-            tokens = torch.tensor(
-                [
-                    t
-                    for row, start, length in spans
-                    for t in prompts[row][start : start + length]
-                ]
-            )
+        """Read the prompts into the cache: the logits (bsz, vocab) after each of them.
+
+        With logprobs also each prompt's own log-probabilities, else empty lists.
+        """
+        chunks, room = [[]], PREFILL_TOKENS
+        for row, prompt in enumerate(prompts):
+            start = 0
+            while start < len(prompt):
+                if room == 0:
+                    chunks.append([])
+                    room = PREFILL_TOKENS
+                span = Span(row, start, min(room, len(prompt) - start))
+                chunks[-1].append(span)
+                start, room = start + span.length, room - span.length
+        last: dict[int, Tensor] = {}
+        values = [[0.0] if logprobs else [] for _ in prompts]
+        for spans in chunks:
+            new = [prompts[row][start : start + n] for row, start, n in spans]
+            tokens = torch.tensor([token for tokens in new for token in tokens])
             logits = self.model.forward_packed(tokens, spans, last_only=not logprobs)
-            for (row, start, length), part in zip(
-                spans, logits.split([s.length for s in spans] if logprobs else 1)
-            ):
+            parts = logits.split([span.length for span in spans] if logprobs else 1)
+            for (row, start, n), part in zip(spans, parts):
                 last[row] = part[-1]
-                if logprobs:
-                    targets = torch.tensor(
-                        prompts[row][start + 1 : start + length + 1],
-                        device=part.device,
-                        dtype=torch.long,
-                    )
-                    values[row] += (
-                        -F.cross_entropy(
-                            part[: len(targets)], targets, reduction="none"
-                        )
-                    ).tolist()
-        return torch.stack(last), values
+                targets = prompts[row][start + 1 : start + 1 + n]
+                if logprobs and targets:
+                    targets = torch.tensor(targets, device=part.device)
+                    part = part[: len(targets)]
+                    loss = F.cross_entropy(part, targets, reduction="none")
+                    values[row] += (-loss).tolist()
+        return torch.stack([last[row] for row in range(len(prompts))]), values
 
     @torch.inference_mode()
     def decode(
@@ -285,37 +281,36 @@ class Mixtral:
 
 
 def find_devices(num_gpus: int) -> list[str]:
-    """The devices to spread experts over. Raises ValueError where there are not as many GPUs."""
+    """The devices to spread experts over. Raises ValueError where they are too few."""
     if num_gpus not in (0, 1, 2, 4, 8):
-        raise ValueError(f"--num-gpus is 0 (the CPU), 1, 2, 4 or 8, not {num_gpus}")
+        raise ValueError(f"--num-gpus is 0 (the CPU), 1, 2, 4 or 8, not {num_gpus!r}")
     visible = torch.cuda.device_count()
     if num_gpus > visible:
         raise ValueError(
-            f"--num-gpus {num_gpus}, but {visible} GPUs are visible: ask for fewer, or 0 to use the CPU"
+            f"--num-gpus {num_gpus}, but {visible} GPUs are visible: "
+            f"ask for fewer, or use the CPU with --num-gpus 0"
         )
     return [f"cuda:{i}" for i in range(num_gpus)] or ["cpu"]
 
 
 def check_request(
-    prompt_tokens: list[list[int]], params, temperature: float, top_p: float
+    prompt_tokens: list[list[int]], room: ModelArgs, temperature: float, top_p: float
 ) -> None:
-    """Raise ValueError where prompts do not fit the cache, or a sampling parameter has no meaning.
-
-    params is anything with max_batch_size and max_seq_len.
-    """
-    if len(prompt_tokens) > params.max_batch_size:
-        raise ValueError(
-            f"{len(prompt_tokens)} prompts are more than max_batch_size, {params.max_batch_size}: raise it"
-        )
+    """Raise ValueError where prompts do not fit into room's max_batch_size rows of
+    max_seq_len tokens, or a sampling parameter has no meaning."""
+    rows, length = room.max_batch_size, room.max_seq_len
+    if len(prompt_tokens) > rows:
+        raise ValueError(f"{len(prompt_tokens)} prompts: raise max_batch_size, {rows}")
     for i, tokens in enumerate(prompt_tokens, 1):
         if not tokens:
             raise ValueError(f"prompt {i} has no tokens: begin it with bos")
-        if len(tokens) > params.max_seq_len:
+        if len(tokens) > length:
             raise ValueError(
-                f"prompt {i} is {len(tokens)} tokens long, over max_seq_len, {params.max_seq_len}: raise it or shorten"
+                f"prompt {i} has {len(tokens)} tokens, max_seq_len is {length}: "
+                f"raise that or shorten the prompt"
             )
-    if not temperature >= 0:
-        raise ValueError(f"temperature is 0 (greedy) or more, not {temperature}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature is 0 (greedy) or above, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1, not {top_p}")
 
@@ -323,14 +318,15 @@ def check_request(
 def sample_top_p(
     probs: Tensor, p: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draw one token a row, (bsz, 1), from the fewest likeliest ones whose probabilities (bsz, vocab) add up to p.
+    """Draw a token for each row, (bsz, 1), from the likeliest that together have p.
 
-    Nucleus sampling: Holtzman et al., https://arxiv.org/abs/1904.09751. The draw is an exponential race, which
-    unlike torch.multinomial never makes the host wait for a GPU: the least E_i / p_i is token i with probability p_i.
+    Nucleus sampling (https://arxiv.org/abs/1904.09751) of probs (bsz, vocab). The draw
+    is a race of exponential clocks, token i first with probability p_i, for which a
+    GPU, unlike for torch.multinomial, is not waited for.
     """
     if p < 1:
         ordered, indices = probs.sort(dim=-1, descending=True)
-        ordered = ordered.masked_fill(ordered.cumsum(dim=-1) - ordered > p, 0.0)
-        probs = torch.zeros_like(probs).scatter(-1, indices, ordered)
-    race = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / race).argmax(dim=-1, keepdim=True)
+        beyond = ordered.cumsum(dim=-1) - ordered > p
+        probs = probs.scatter(-1, indices, ordered.masked_fill(beyond, 0.0))
+    clocks = torch.empty_like(probs).exponential_(generator=generator)
+    return (probs / clocks).argmax(dim=-1, keepdim=True)

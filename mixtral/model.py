@@ -210,18 +210,16 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         logits = self.gate(x)
-        inputs = [(x, logits)]
-        if len(self.devices) > 1:
-            packed = torch.cat((x, logits), dim=1)
-            for device in self.devices[1:]:
-                copy = packed.to(device, non_blocking=True)
-                inputs.append(copy.split((x.shape[1], logits.shape[1]), dim=1))
         counts = None if x.is_cuda and len(x) <= DECODE_TOKENS else self.count(logits)
-        # The first device is last to be given its work: the others have to wait for it.
+        if len(self.devices) == 1:
+            return self.local_sum(0, x, logits, counts, residual)
+        inputs, packed = [(x, logits)], torch.cat((x, logits), dim=1)
+        for device in self.devices[1:]:
+            copy = packed.to(device, non_blocking=True)
+            inputs.append(copy.split((x.shape[1], logits.shape[1]), dim=1))
+        # The first device is last to be given its work: it has had the packing to do.
         sums = [self.local_sum(i, *inputs[i], counts) for i in range(len(inputs))[::-1]]
-        for partial in reversed(sums):
-            residual = residual + partial.to(x.device, non_blocking=True)
-        return residual
+        return residual + sum(part.to(x.device, non_blocking=True) for part in sums)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The weights, in float32, and ids of each token's experts, both (T, top_k)."""
@@ -235,13 +233,18 @@ class MoE(nn.Module):
         return (selected[..., None] == experts).sum((0, 1)).tolist()
 
     def local_sum(
-        self, i: int, x: Tensor, logits: Tensor, counts: list[int] | None
+        self,
+        i: int,
+        x: Tensor,
+        logits: Tensor,
+        counts: list[int] | None,
+        residual: Tensor | None = None,
     ) -> Tensor:
-        """Sum of weight * expert(x) over device i's experts, (T, dim)."""
+        """The sum of weight * expert(x) over device i's experts, (T, dim)."""
         first, last = i * self.n_local, (i + 1) * self.n_local
         if counts is None and kernels():
-            stack = self.stacks[i]
-            return kernels().moe_decode(x, logits, *stack, first, self.top_k)
+            routing = (first, self.top_k, residual)
+            return kernels().moe_decode(x, logits, *self.stacks[i], *routing)
         weights, selected = self.route(logits)
         experts = self.experts[first:last]
         if (
@@ -249,16 +252,18 @@ class MoE(nn.Module):
         ):  # nobody knows who was chosen: a weight of 0 says who was not
             weights = torch.zeros_like(logits).float().scatter(1, selected, weights)
             held = zip(weights[:, first:last].split(1, dim=1), experts)
-            return sum(weight * expert(x) for weight, expert in held).type_as(x)
-        # All (token, choice) pairs, sorted by expert: each expert works once, on a slice.
-        begin, end = sum(counts[:first]), sum(counts[:last])
-        pairs = selected.flatten().argsort(stable=True)[begin:end]
-        parts = x[pairs // self.top_k].split(counts[first:last])
-        chosen = [expert(part) for expert, part in zip(experts, parts) if len(part)]
-        out = x.new_zeros(len(x) * self.top_k, x.shape[1])
-        if chosen:
-            out[pairs] = torch.cat(chosen)
-        return (out.view(*selected.shape, -1) * weights[..., None]).sum(1).type_as(x)
+            out = sum(weight * expert(x) for weight, expert in held).type_as(x)
+        else:  # (token, choice) pairs sorted by expert: each works once, on a slice
+            begin, end = sum(counts[:first]), sum(counts[:last])
+            pairs = selected.flatten().argsort(stable=True)[begin:end]
+            parts = x[pairs // self.top_k].split(counts[first:last])
+            chosen = [expert(part) for expert, part in zip(experts, parts) if len(part)]
+            out = x.new_zeros(len(x) * self.top_k, x.shape[1])
+            if chosen:
+                out[pairs] = torch.cat(chosen)
+            out = out.view(*selected.shape, -1) * weights[..., None]  # (T, top_k, dim)
+            out = out.sum(1).type_as(x)
+        return out if residual is None else residual + out
 
 
 class TransformerBlock(nn.Module):
