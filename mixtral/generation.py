@@ -158,11 +158,9 @@ class Mixtral:
         logits, step = logits[live], 0
         while live:
             tokens = self.sample(logits, temperature, top_p)
-            values = (
-                -F.cross_entropy(logits, tokens, reduction="none")
-                if logprobs
-                else tokens
-            )
+            values = tokens  # or rather
+            if logprobs:
+                values = -F.cross_entropy(logits, tokens, reduction="none")
             spans = [Span(row, starts[row] + step, 1) for row in live]
             ids, values = (t.to("cpu", non_blocking=True) for t in (tokens, values))
             if ahead := logits.is_cuda:
@@ -176,11 +174,8 @@ class Mixtral:
             for row, token, value in zip(live, ids, values):
                 if token != eos:
                     yield row, token, value
-            on = [
-                i
-                for i, row in enumerate(live)
-                if ids[i] != eos and starts[row] + step < ends[row]
-            ]
+            done = (starts[row] + step == ends[row] for row in live)
+            on = [i for i, end in enumerate(done) if not end and ids[i] != eos]
             if not ahead and on:
                 logits = self.model.forward_packed(tokens[on], [spans[i] for i in on])
             elif len(on) < len(live):
@@ -190,9 +185,8 @@ class Mixtral:
     def sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1)
-        return sample_top_p(
-            torch.softmax(logits / temperature, dim=-1), top_p, self.rng
-        ).flatten()
+        probs = torch.softmax(logits / temperature, dim=-1)
+        return sample_top_p(probs, top_p, self.rng).flatten()
 
     def text_completion(
         self,
@@ -203,11 +197,10 @@ class Mixtral:
         logprobs: bool = False,
         echo: bool = False,
     ) -> list[CompletionPrediction]:
-        """Complete each prompt; with max_gen_len None as far as max_seq_len. See generate()."""
-        prompt_tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        return self.predict(
-            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo
-        )
+        """Complete each prompt as generate() does, by default as far as there is room."""
+        tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
+        options = temperature, top_p, logprobs, echo
+        return self.predict(tokens, max_gen_len, *options)
 
     def predict(
         self, prompt_tokens: list[list[int]], max_gen_len: int | None, *options
@@ -215,17 +208,11 @@ class Mixtral:
         if max_gen_len is None:
             max_gen_len = self.model.params.max_seq_len - 1
         tokens, values = self.generate(prompt_tokens, max_gen_len, *options)
-        texts = [self.tokenizer.decode(t) for t in tokens]
-        if values is None:
-            return [{"generation": text} for text in texts]
-        return [
-            {
-                "generation": text,
-                "tokens": [self.tokenizer.decode([x]) for x in t],
-                "logprobs": v,
-            }
-            for text, t, v in zip(texts, tokens, values)
-        ]
+        decode = self.tokenizer.decode
+        results = [{"generation": decode(t)} for t in tokens]
+        for result, t, logprobs in zip(results, tokens, values or []):
+            result |= {"tokens": [decode([x]) for x in t], "logprobs": logprobs}
+        return results
 
     def stream_completion(
         self,
@@ -234,7 +221,7 @@ class Mixtral:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
     ) -> Iterator[str]:
-        """The text that text_completion would give for one prompt, piece by piece as it comes."""
+        """text_completion's text for one prompt, piece by piece as it comes."""
         if max_gen_len is None:
             max_gen_len = self.model.params.max_seq_len - 1
         tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
@@ -265,19 +252,12 @@ class Mixtral:
                 if logprobs:
                     answers[i] |= {"tokens": [], "logprobs": []}
         options = temperature, top_p, logprobs, False
-        answers |= zip(
-            prompts, self.predict([*prompts.values()], max_gen_len, *options)
-        )
-        return [
-            {
-                **answers[i],
-                "generation": {
-                    "role": "assistant",
-                    "content": answers[i]["generation"],
-                },
-            }
-            for i in range(len(dialogs))
-        ]
+        predictions = self.predict([*prompts.values()], max_gen_len, *options)
+        answers |= zip(prompts, predictions)
+        for answer in answers.values():
+            text = answer["generation"]
+            answer["generation"] = {"role": "assistant", "content": text}
+        return [answers[i] for i in range(len(dialogs))]
 
 
 def find_devices(num_gpus: int) -> list[str]:

@@ -92,7 +92,8 @@ def test_other_dtypes_are_converted(source, tmp_path, layout, stored):
 def test_mapped_weights_are_not_copied(folders):
     weight = load(folders["A"]).layers[0].feed_forward.experts[0].w1.weight
     ours = re.compile(rf"([0-9a-f]+)-([0-9a-f]+) .*{folders['A'].parent.name}/A/")
-    ranges = (ours.match(line) for line in open("/proc/self/maps"))
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    ranges = (ours.match(line) for line in maps)
     ranges = [(int(m[1], 16), int(m[2], 16)) for m in ranges if m]
     assert any(begin <= weight.data_ptr() < end for begin, end in ranges)
 
