@@ -133,8 +133,7 @@ class Mixtral:
                 if logprobs and targets:
                     targets = torch.tensor(targets, device=part.device)
                     part = part[: len(targets)]
-                    loss = F.cross_entropy(part, targets, reduction="none")
-                    values[row] += (-loss).tolist()
+                    values[row] += log_probability(part, targets).tolist()
         return torch.stack([last[row] for row in range(len(prompts))]), values
 
     @torch.inference_mode()
@@ -158,17 +157,16 @@ class Mixtral:
         logits, step = logits[live], 0
         while live:
             tokens = self.sample(logits, temperature, top_p)
-            values = tokens  # or rather
-            if logprobs:
-                values = -F.cross_entropy(logits, tokens, reduction="none")
+            values = log_probability(logits, tokens) if logprobs else tokens
             spans = [Span(row, starts[row] + step, 1) for row in live]
             ids, values = (t.to("cpu", non_blocking=True) for t in (tokens, values))
             if ahead := logits.is_cuda:
                 # A GPU is given the next step before the host looks at this one, lest it
-                # wait; where a row turns out to have ended, that row of it is for nothing.
+                # wait; where a row turns out to have ended, its part is for nothing.
                 copied = torch.cuda.Event()
                 copied.record()
-                logits = self.model.forward_packed(tokens, spans)
+                if any(starts[row] + step + 1 < ends[row] for row in live):
+                    logits = self.model.forward_packed(tokens, spans)
                 copied.synchronize()
             ids, values, step = ids.tolist(), values.tolist(), step + 1
             for row, token, value in zip(live, ids, values):
@@ -293,6 +291,10 @@ def check_request(
         raise ValueError(f"temperature is 0 (greedy) or above, not {temperature}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is above 0 and at most 1, not {top_p}")
+
+
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    return -F.cross_entropy(logits, tokens, reduction="none")
 
 
 def sample_top_p(
