@@ -61,6 +61,8 @@ def main(
         if kind in (int, float) and type(value) not in (int, kind):
             whole = "whole " * (kind is int)
             raise ValueError(f"--{name} is a {whole}number, not {value!r}")
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"--{name} takes no value, so not {value!r}")
         if kind is int and name != "num_gpus" and value < 1:
             raise ValueError(f"--{name} is at least 1, not {value}")
 
@@ -94,5 +96,5 @@ if __name__ == "__main__":
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
         sys.exit(130)

@@ -122,7 +122,8 @@ def read_params(
         method = isinstance(quantization, dict) and quantization.get("quant_method")
         raise ValueError(f"{folder} is quantised ({method}): get the bfloat16 original")
     for nested in ("moe", "rope_parameters"):
-        config |= config.get(nested) or {}
+        if isinstance(config.get(nested), dict):
+            config |= config[nested]
     sizes: dict[str, Any] = {}
     for field, keys in KEYS.items():
         value = next((config[key] for key in keys if config.get(key) is not None), None)
@@ -168,7 +169,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix != ".safetensors":
             check_zip(path)
             # weights_only: a pickle may hold tensors, never code that runs.
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return {
+                **torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            }
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:

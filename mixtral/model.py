@@ -16,7 +16,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 
 # On a GPU, a forward of so few tokens never makes the host wait, for it is decoding.
 DECODE_TOKENS = 16
@@ -74,7 +73,17 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """x @ weight.T, plus residual if given, by the fastest product for the shape."""
     if x.is_cuda and len(x) <= 4 and kernels():
         return kernels().linear_decode(x, weight, residual)
-    out = F.linear(x, weight)
+    onednn = torch.backends.mkldnn
+    if len(x) == 1 and onednn.enabled and not x.is_cuda:
+        # One row is a matrix-vector product, as fast as memory can be read. oneDNN has
+        # none in bfloat16 and repacks the weights: half the speed or less.
+        onednn.enabled = False
+        try:
+            out = F.linear(x, weight)
+        finally:
+            onednn.enabled = True
+    else:
+        out = F.linear(x, weight)
     return out if residual is None else residual + out
 
 
@@ -167,8 +176,13 @@ class Attention(nn.Module):
         # (n_rep, n_kv_heads, length, head_dim)
         q = q.unflatten(1, (self.n_kv_heads, -1)).permute(2, 1, 0, 3)
         k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
-        mask = causal_lower_right(span.length, end)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if span.start == 0:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # a late import, for it takes longer than all others
+            from torch.nn.attention.bias import causal_lower_right
+
+            mask = causal_lower_right(span.length, end)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return out.permute(2, 1, 0, 3).reshape(span.length, -1)
 
 
@@ -210,7 +224,8 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         logits = self.gate(x)
-        counts = None if x.is_cuda and len(x) <= DECODE_TOKENS else self.count(logits)
+        decoding = len(x) <= (DECODE_TOKENS if x.is_cuda else 1)
+        counts = None if decoding else self.count(logits)
         if len(self.devices) == 1:
             return self.local_sum(0, x, logits, counts, residual)
         inputs, packed = [(x, logits)], torch.cat((x, logits), dim=1)
@@ -242,21 +257,25 @@ class MoE(nn.Module):
     ) -> Tensor:
         """The sum of weight * expert(x) over device i's experts, (T, dim)."""
         first, last = i * self.n_local, (i + 1) * self.n_local
-        if counts is None and kernels():
+        if counts is None and x.is_cuda and kernels():
             routing = (first, self.top_k, residual)
             return kernels().moe_decode(x, logits, *self.stacks[i], *routing)
         weights, selected = self.route(logits)
-        experts = self.experts[first:last]
-        if (
-            counts is None
-        ):  # nobody knows who was chosen: a weight of 0 says who was not
+        if counts is None:
+            # A GPU is not asked whom it chose: a weight of 0 says who was not.
+            ids = range(first, last)
+            if not x.is_cuda:
+                ids = [e for e in selected[0].tolist() if first <= e < last]
             weights = torch.zeros_like(logits).float().scatter(1, selected, weights)
-            held = zip(weights[:, first:last].split(1, dim=1), experts)
-            out = sum(weight * expert(x) for weight, expert in held).type_as(x)
+            out = torch.zeros_like(x).float()
+            for e in ids:
+                out += weights[:, e, None] * self.experts[e](x)
+            out = out.type_as(x)
         else:  # (token, choice) pairs sorted by expert: each works once, on a slice
             begin, end = sum(counts[:first]), sum(counts[:last])
             pairs = selected.flatten().argsort(stable=True)[begin:end]
             parts = x[pairs // self.top_k].split(counts[first:last])
+            experts = self.experts[first:last]
             chosen = [expert(part) for expert, part in zip(experts, parts) if len(part)]
             out = x.new_zeros(len(x) * self.top_k, x.shape[1])
             if chosen:
