@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     spans: Sequence[Span] | None
     rows: Tensor  # (T,)
     positions: Tensor  # (T,)
-    freqs_cis: Tensor  # (max_seq_len or T, head_dim / 2)
+    freqs_cis: Tensor  # (max_seq_len, head_dim / 2) or (T, 1, head_dim / 2)
 
 
 @functools.cache
@@ -107,6 +107,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 1 and not x.is_cuda:
+            norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+            return x * (norm * norm / x.shape[1] + self.eps) ** -0.5 * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
@@ -121,9 +124,12 @@ def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Turn x's interleaved pairs, (T, heads, head_dim), by freqs_cis, in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).type_as(x)
+    """Turn the interleaved pairs of x (T, heads, head_dim), in float32.
+
+    freqs_cis is (T, 1, head_dim / 2).
+    """
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2))
+    return torch.view_as_real(pairs * freqs_cis).view(x.shape).type_as(x)
 
 
 class Attention(nn.Module):
@@ -159,7 +165,7 @@ class Attention(nn.Module):
             self.cache_k[rows, positions], self.cache_v[rows, positions] = xk, xv
             queries = xq.split([span.length for span in spans])
             out = torch.cat([self.attend(*each) for each in zip(queries, spans)])
-        return self.wo(out.flatten(1), residual)
+        return self.wo(out.view(len(x), -1), residual)
 
     def attend(self, q: Tensor, span: Span) -> Tensor:
         """A row's new queries (length, n_heads, head_dim) over all it has up to them.
@@ -167,12 +173,12 @@ class Attention(nn.Module):
         Heads that share a key are its queries where one position needs no mask, else
         a batch over keys that are expanded, not copied.
         """
-        end = span.start + span.length
-        k = self.cache_k[span.row, :end].transpose(0, 1)  # (n_kv_heads, end, head_dim)
-        v = self.cache_v[span.row, :end].transpose(0, 1)
+        row, end = slice(span.row, span.row + 1), span.start + span.length
+        k = self.cache_k[row, :end].transpose(1, 2)  # (1, n_kv_heads, end, head_dim)
+        v = self.cache_v[row, :end].transpose(1, 2)
         if span.length == 1:
             q = q.view(1, self.n_kv_heads, -1, self.head_dim)  # n_rep in length's place
-            return F.scaled_dot_product_attention(q, k[None], v[None]).view(1, -1)
+            return F.scaled_dot_product_attention(q, k, v).view(1, -1)
         # (n_rep, n_kv_heads, length, head_dim)
         q = q.unflatten(1, (self.n_kv_heads, -1)).permute(2, 1, 0, 3)
         k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
@@ -194,7 +200,7 @@ class FeedForward(nn.Module):
         self.w1, self.w2, self.w3 = Linear(w1), Linear(w2), Linear(w3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
 
 class MoE(nn.Module):
@@ -261,16 +267,18 @@ class MoE(nn.Module):
             routing = (first, self.top_k, residual)
             return kernels().moe_decode(x, logits, *self.stacks[i], *routing)
         weights, selected = self.route(logits)
+        if counts is None and not x.is_cuda:
+            # One token on the CPU: the host knows, and these are few operations.
+            out = torch.zeros_like(x).float() if residual is None else residual.float()
+            for weight, e in zip(weights[0].tolist(), selected[0].tolist()):
+                if first <= e < last:
+                    out.add_(self.experts[e](x), alpha=weight)
+            return out.type_as(x)
         if counts is None:
             # A GPU is not asked whom it chose: a weight of 0 says who was not.
-            ids = range(first, last)
-            if not x.is_cuda:
-                ids = [e for e in selected[0].tolist() if first <= e < last]
             weights = torch.zeros_like(logits).float().scatter(1, selected, weights)
-            out = torch.zeros_like(x).float()
-            for e in ids:
-                out += weights[:, e, None] * self.experts[e](x)
-            out = out.type_as(x)
+            held = zip(weights[:, first:last].split(1, dim=1), self.experts[first:last])
+            out = sum(weight * expert(x) for weight, expert in held).type_as(x)
         else:  # (token, choice) pairs sorted by expert: each works once, on a slice
             begin, end = sum(counts[:first]), sum(counts[:last])
             pairs = selected.flatten().argsort(stable=True)[begin:end]
@@ -366,7 +374,7 @@ class Transformer(nn.Module):
         if one_each and self.device.type == "cuda" and kernels():
             return self.decode(tokens, rows, positions)
         ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
-        batch = Batch(spans, rows, positions, self.freqs_cis[positions])
+        batch = Batch(spans, rows, positions, self.freqs_cis[positions, None])
         return self.run(tokens, batch, to_device(ends) if last_only else None)
 
     def run(self, tokens: Tensor, batch: Batch, ends: Tensor | None = None) -> Tensor:
