@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -282,17 +283,16 @@ def match(model: Transformer, folder: Path) -> dict[str, tuple[Tensor, bool]]:
     return found
 
 
-@torch.inference_mode()
 def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
-    """Fill every parameter of the model with its tensor.
+    """Fill every parameter of the model with its tensor, some at the same time.
 
     On the CPU the mapped file itself becomes the parameter, where the dtype is right.
     """
     found = match(model, Path(ckpt_dir))
-    total = sum(tensor.nbytes for tensor, _ in found.values()) / 1e9
-    done, begin = 0.0, time.time()
-    for name, parameter in model.named_parameters():
-        tensor, halves = found[name]
+    parameters = dict(model.named_parameters())
+
+    def fill(name: str) -> float:
+        (tensor, halves), parameter = found[name], parameters[name]
         if halves:
             pairs = tensor.unflatten(0, (-1, 2, model.params.head_dim // 2))
             tensor = pairs.transpose(1, 2).flatten(0, 2)
@@ -302,8 +302,16 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
             parameter.data = tensor
         else:
             parameter.copy_(tensor)
-        done += tensor.nbytes / 1e9
-        if sys.stderr.isatty():
-            rate = done / (time.time() - begin)
-            line = f"\r{done:.1f} of {total:.1f} GB, {rate:.1f} GB/s, {name}\033[K"
-            print(line if done < total else "\r\033[K", end="", file=sys.stderr)
+        return tensor.nbytes / 1e9
+
+    total = sum(tensor.nbytes for tensor, _ in found.values()) / 1e9
+    done, begin = 0.0, time.time()
+    with ThreadPoolExecutor(4) as pool:
+        for name, size in zip(parameters, pool.map(fill, parameters)):
+            done += size
+            if sys.stderr.isatty():
+                rate = f"{done / (time.time() - begin):.1f} GB/s, {name}"
+                line = f"\r{done:.1f} of {total:.1f} GB, {rate}\033[K"
+                print(line, end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(end="\r\033[K", file=sys.stderr)
