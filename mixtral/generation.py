@@ -183,6 +183,7 @@ class Mixtral:
     def sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
         if temperature == 0:
             return logits.argmax(dim=-1)
+        logits = logits - logits.amax(dim=-1, keepdim=True)  # none can become infinite
         probs = torch.softmax(logits / temperature, dim=-1)
         return sample_top_p(probs, top_p, self.rng).flatten()
 

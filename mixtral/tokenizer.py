@@ -57,7 +57,7 @@ class Tokenizer:
             if i == (
                 len(turns) - 1 if third else 0
             ):  # the turn that takes the system's
-                text = "\n\n".join([*system, text])
+                text = "\n\n".join([*filter(None, system), text])
             if message["role"] == "assistant":
                 text = text.rstrip(" ") if third else text
                 tokens += self.encode(text, bos=False, eos=True)
