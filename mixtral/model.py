@@ -269,7 +269,8 @@ class MoE(nn.Module):
         weights, selected = self.route(logits)
         if counts is None and not x.is_cuda:
             # One token on the CPU: the host knows, and these are few operations.
-            out = torch.zeros_like(x).float() if residual is None else residual.float()
+            out = torch.zeros_like(x) if residual is None else residual
+            out = out.to(torch.float32, copy=True)
             for weight, e in zip(weights[0].tolist(), selected[0].tolist()):
                 if first <= e < last:
                     out.add_(self.experts[e](x), alpha=weight)

@@ -51,12 +51,11 @@ class Tokenizer:
             raise ValueError(f"a message must not contain {', '.join(TAGS)}")
         begin, end = (self.sp_model.piece_to_id(tag) for tag in TAGS[:2])
         third = self.sp_model.is_control(begin)
+        joined = len(turns) - 1 if third else 0  # the turn that has the system's text
         tokens = [self.bos_id]
         for i, message in enumerate(turns):
             text = message["content"]
-            if i == (
-                len(turns) - 1 if third else 0
-            ):  # the turn that takes the system's
+            if i == joined:
                 text = "\n\n".join([*filter(None, system), text])
             if message["role"] == "assistant":
                 text = text.rstrip(" ") if third else text

@@ -455,7 +455,7 @@ class Benchmark:
         size: str = "mid",
         layers: int | None = None,
         num_gpus: int | None = None,
-        repeats: int = 5,
+        repeats: int = 3,
         json: str | None = None,
     ):
         if num_gpus is None:
