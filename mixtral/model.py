@@ -74,14 +74,15 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     if x.is_cuda and len(x) <= 4 and kernels():
         return kernels().linear_decode(x, weight, residual)
     onednn = torch.backends.mkldnn
-    if len(x) == 1 and onednn.enabled and not x.is_cuda:
-        # One row is a matrix-vector product, as fast as memory can be read. oneDNN has
-        # none in bfloat16 and repacks the weights: half the speed or less.
+    if len(x) <= 2 and onednn.enabled and not x.is_cuda:
+        # For a row PyTorch has a matrix-vector product that is as fast as memory. oneDNN
+        # repacks the weights, and is half as fast, until three rows share the work.
         onednn.enabled = False
         try:
-            out = F.linear(x, weight)
+            out = [F.linear(row, weight) for row in x.split(1)]
         finally:
             onednn.enabled = True
+        out = out[0] if len(x) == 1 else torch.cat(out)
     else:
         out = F.linear(x, weight)
     return out if residual is None else residual + out
@@ -230,8 +231,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         logits = self.gate(x)
-        decoding = len(x) <= (DECODE_TOKENS if x.is_cuda else 1)
-        counts = None if decoding else self.count(logits)
+        counts = None if len(x) <= DECODE_TOKENS else self.count(logits)
         if len(self.devices) == 1:
             return self.local_sum(0, x, logits, counts, residual)
         inputs, packed = [(x, logits)], torch.cat((x, logits), dim=1)
@@ -268,12 +268,20 @@ class MoE(nn.Module):
             return kernels().moe_decode(x, logits, *self.stacks[i], *routing)
         weights, selected = self.route(logits)
         if counts is None and not x.is_cuda:
-            # One token on the CPU: the host knows, and these are few operations.
+            # The host sees who was chosen, and few tokens it deals out quickest itself.
             out = torch.zeros_like(x) if residual is None else residual
             out = out.to(torch.float32, copy=True)
-            for weight, e in zip(weights[0].tolist(), selected[0].tolist()):
-                if first <= e < last:
-                    out.add_(self.experts[e](x), alpha=weight)
+            rows, sums = x.split(1), out.split(1)
+            chosen: dict[int, list[tuple[int, float]]] = {}
+            for token, pairs in enumerate(zip(selected.tolist(), weights.tolist())):
+                for e, weight in zip(*pairs):
+                    chosen.setdefault(e, []).append((token, weight))
+            for e in chosen.keys() & range(first, last):
+                part = self.experts[e](
+                    torch.cat([rows[token] for token, _ in chosen[e]])
+                )
+                for (token, weight), row in zip(chosen[e], part.split(1)):
+                    sums[token].add_(row, alpha=weight)
             return out.type_as(x)
         if counts is None:
             # A GPU is not asked whom it chose: a weight of 0 says who was not.
