@@ -291,6 +291,7 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
     found = match(model, Path(ckpt_dir))
     parameters = dict(model.named_parameters())
 
+    @torch.inference_mode()
     def fill(name: str) -> float:
         (tensor, halves), parameter = found[name], parameters[name]
         if halves:
@@ -301,7 +302,9 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
             tensor.view(-1)[::2048].sum()  # of every page a number: it is read now
             parameter.data = tensor
         else:
-            parameter.copy_(tensor)
+            # What is to be transposed crosses as it lies and is turned on its device.
+            moved = tensor if tensor.is_contiguous() else tensor.to(parameter.device)
+            parameter.copy_(moved)
         return tensor.nbytes / 1e9
 
     total = sum(tensor.nbytes for tensor, _ in found.values()) / 1e9
