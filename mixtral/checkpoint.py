@@ -310,7 +310,7 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
     total = sum(tensor.nbytes for tensor, _ in found.values()) / 1e9
     done, begin = 0.0, time.time()
     with ThreadPoolExecutor(4) as pool:
-        for name, size in zip(parameters, pool.map(fill, parameters)):
+        for name, size in zip(found, pool.map(fill, found)):  # in the files' order
             done += size
             if sys.stderr.isatty():
                 rate = f"{done / (time.time() - begin):.1f} GB/s, {name}"

@@ -240,7 +240,10 @@ class MoE(nn.Module):
             inputs.append(copy.split((x.shape[1], logits.shape[1]), dim=1))
         # The first device is last to be given its work: it has had the packing to do.
         sums = [self.local_sum(i, *inputs[i], counts) for i in range(len(inputs))[::-1]]
-        return residual + sum(part.to(x.device, non_blocking=True) for part in sums)
+        out = sums.pop()
+        for part in sums:
+            out = out + part.to(x.device, non_blocking=True)
+        return residual + out
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The weights, in float32, and ids of each token's experts, both (T, top_k)."""

@@ -1,6 +1,7 @@
 """The demo on 1, 2, 4 and 8 GPUs, simulated: real values, on labels instead of cards."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mixtral import Mixtral, Tokenizer, Transformer
 from mixtral import model as model_module
 from mixtral.checkpoint import load_checkpoint, memory_needed, read_params
 from mixtral.generation import find_devices
-from mixtral.model import Span
+from mixtral.model import Batch, Span
 
 PROMPTS = ["In the beginning God", "And", "The LORD is my shepherd; I shall not"]
 
@@ -94,3 +95,35 @@ def test_decode_loop_never_waits_for_the_step_it_starts(demo):
         rows = [row for row, _, _ in steps]
         assert len(rows) == 24
         assert set(sim.syncs) <= {"Event.synchronize"} and len(sim.syncs) == 12
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2, 4])
+def test_launches_of_a_decode_step(demo, monkeypatch, num_gpus):
+    """Ten a layer on one device; two more on several, and three for each further one.
+
+    The kernels are stand-ins that launch nothing, and count for what the real launch.
+    """
+    launches = Counter()
+
+    def stand_in(name: str, count: int, shape):
+        def run(x, *args):
+            launches[name] += count
+            return torch.empty(shape(x, *args), dtype=x.dtype, device=x.device)
+
+        return run
+
+    kernels = SimpleNamespace(
+        linear_decode=stand_in("linear", 1, lambda x, w, r: (len(x), len(w))),
+        rope_and_cache=stand_in("rope", 1, lambda x, *_: x.shape),
+        decode_attention=stand_in("attention", 2, lambda x, *_: x.shape),
+        moe_decode=stand_in("moe", 2, lambda x, *_: x.shape),
+    )
+    with simulated_cuda(num_gpus) as sim, torch.inference_mode():
+        model = build(demo, num_gpus).model
+        monkeypatch.setattr(model_module, "kernels", lambda: kernels)
+        batch = Batch(None, *torch.zeros(2, 1, dtype=torch.long), model.freqs_cis)
+        x = torch.zeros(1, model.params.dim, dtype=torch.bfloat16, device="cuda:0")
+        sim.reset()
+        model.layers[1](x, batch)
+        total = sum(sim.launches.values()) + sum(launches.values())
+    assert total == 10 + (num_gpus > 1) * 2 + 3 * (num_gpus - 1), launches
