@@ -14,9 +14,9 @@ from .checkpoint import check_memory, load_checkpoint, read_params
 from .model import ModelArgs, Span, Transformer
 from .tokenizer import Tokenizer
 
-# Prompts are read so many tokens at a time: enough to keep a GPU's matrix units busy,
-# and a bound on the memory for activations.
-PREFILL_TOKENS = 2048
+# Prompts are read so many tokens at a time: enough to keep matrix units busy, and a
+# bound on the memory for activations.
+PREFILL_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
 class Message(TypedDict):
@@ -114,13 +114,14 @@ class Mixtral:
 
         With logprobs also each prompt's own log-probabilities, else empty lists.
         """
-        chunks, room = [[]], PREFILL_TOKENS
+        chunks, most = [[]], PREFILL_TOKENS[self.model.device.type]
+        room = most
         for row, prompt in enumerate(prompts):
             start = 0
             while start < len(prompt):
                 if room == 0:
                     chunks.append([])
-                    room = PREFILL_TOKENS
+                    room = most
                 span = Span(row, start, min(room, len(prompt) - start))
                 chunks[-1].append(span)
                 start, room = start + span.length, room - span.length

@@ -29,6 +29,12 @@ import mixtral.model
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 from mixtral.generation import sample_top_p
 
+
+def chunks_of(tokens: int) -> dict[str, int]:
+    """PREFILL_TOKENS, the same on every device."""
+    return dict.fromkeys(("cpu", "cuda"), tokens)
+
+
 LIMIT = 40
 ARGS = ModelArgs(
     dim=24,
@@ -264,7 +270,7 @@ def requests(draw):
 @given(request=requests())
 def test_random_batches(request):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixtral.generation, "PREFILL_TOKENS", request.chunk)
+        patch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(request.chunk))
         tokens, values = greedy(
             tiny(request.eos, request.room),
             request.prompts,
@@ -288,7 +294,7 @@ def test_random_batches(request):
 @pytest.mark.parametrize("chunk", [1, 3, 7])
 def test_chunks(monkeypatch, chunk, echo):
     """The same results from passes that are full, and no more of them than needed."""
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(chunk))
     generator = tiny()
     with watched(generator.model) as sizes:
         results = greedy(generator, ragged(), 4, echo=echo)
@@ -328,7 +334,7 @@ def test_no_mask_of_a_whole_prompt(monkeypatch):
         max_seq_len=length,
     )
     generator = Mixtral(random_transformer(args), SimpleNamespace(eos_id=-1))
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(chunk))
     with (
         torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
@@ -864,7 +870,7 @@ def test_max_gen_len(max_gen_len):
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_prompt_of_max_seq_len(monkeypatch, room, chunk):
     """There is no room for more, and what has room goes on."""
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(chunk))
     prompts = [list(prompt_of(n)) for n in (room, 1, room - 1, room)]
     for echo in (False, True):
         results = greedy(tiny(max_seq_len=room), prompts, echo=echo)
@@ -957,7 +963,7 @@ def test_long_then_short():
 @pytest.mark.parametrize("passes", [0, 2, 4, 9])
 def test_after_an_interruption(monkeypatch, passes, error):
     """In a prompt's first chunk, in a later one, or while decoding."""
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", 16)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(16))
     generator, count = tiny(), itertools.count()
 
     def interrupt(*_):
@@ -981,7 +987,7 @@ def test_after_an_interruption(monkeypatch, passes, error):
 def test_simulated_devices(monkeypatch, devices, chunk):
     """A GPU is a step ahead of the host, and its experts are spread: no difference."""
     monkeypatch.setattr(mixtral.model, "kernels", lambda: None)
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(chunk))
     prompts, eos = ragged(), to_the_limit(prompt_of(9))[0][12]
     drawn = tiny(eos).generate(prompts, 4, 1.0, 0.9)
     with simulated_cuda(devices):
@@ -1047,7 +1053,7 @@ def test_gpu(monkeypatch, way, devices):
 
 @pytest.mark.cuda
 def test_gpu_chunks_and_ends(monkeypatch):
-    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", 7)
+    monkeypatch.setattr(mixtral.generation, "PREFILL_TOKENS", chunks_of(7))
     prompts, eos = ragged(), to_the_limit(prompt_of(9))[0][12]
     generator = Mixtral(
         random_transformer(ARGS, ["cuda:0"]), SimpleNamespace(eos_id=eos)
