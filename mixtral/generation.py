@@ -78,6 +78,7 @@ class Mixtral:
         self.model = model
         self.tokenizer = tokenizer
         self.rng = torch.Generator(model.device).manual_seed(seed)
+        self.request = 0  # the one that has the cache
 
     def generate(
         self,
@@ -114,6 +115,7 @@ class Mixtral:
 
         With logprobs also each prompt's own log-probabilities, else empty lists.
         """
+        self.request += 1
         chunks, most = [[]], PREFILL_TOKENS[self.model.device.type]
         room = most
         for row, prompt in enumerate(prompts):
@@ -159,8 +161,12 @@ class Mixtral:
         room, eos = self.model.params.max_seq_len, self.tokenizer.eos_id
         ends = [min(start + max_gen_len, room) for start in starts]
         live = [row for row, end in enumerate(ends) if starts[row] < end]
-        logits, step = logits[live], 0
+        logits, step, request = logits[live], 0, self.request
         while live:
+            if request != self.request:
+                raise RuntimeError(
+                    "another request has taken the cache: finish one first"
+                )
             tokens = self.sample(logits, temperature, top_p)
             values = log_probability(logits, tokens) if logprobs else tokens
             spans = [Span(row, starts[row] + step, 1) for row in live]
@@ -168,8 +174,9 @@ class Mixtral:
             if ahead := logits.is_cuda:
                 # A GPU is given the next step before the host looks at this one, lest it
                 # wait; where a row turns out to have ended, its part is for nothing.
-                copied = torch.cuda.Event()
-                copied.record()
+                with torch.cuda.device_of(logits):
+                    copied = torch.cuda.Event()
+                    copied.record()
                 if any(starts[row] + step + 1 < ends[row] for row in live):
                     logits = self.model.forward_packed(tokens, spans)
                 copied.synchronize()
@@ -181,14 +188,14 @@ class Mixtral:
             on = [i for i, end in enumerate(done) if not end and ids[i] != eos]
             if not ahead and on:
                 logits = self.model.forward_packed(tokens[on], [spans[i] for i in on])
-            elif len(on) < len(live):
-                logits = logits[on]
+            elif 0 < len(on) < len(live):
+                kept = torch.tensor(on).to(logits.device, non_blocking=True)
+                logits = logits[kept]
             live = [live[i] for i in on]
 
     def sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        if temperature == 0:
+        if temperature < 1e-6:  # by which logits cannot be divided
             return logits.argmax(dim=-1)
-        logits = logits - logits.amax(dim=-1, keepdim=True)  # none can become infinite
         probs = torch.softmax(logits / temperature, dim=-1)
         return sample_top_p(probs, top_p, self.rng).flatten()
 

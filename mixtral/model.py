@@ -342,7 +342,12 @@ class Transformer(nn.Module):
                 f"{params.num_experts} experts cannot be shared equally "
                 f"by {len(devices)} devices"
             )
+        if len({device.type for device in devices}) > 1:
+            raise ValueError(f"{devices} are not all of one type")
         self.params, self.devices, self.device = params, devices, devices[0]
+        if self.device.type == "cuda":
+            # cuDNN's attention would be preferred, and plans anew for every length.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self.graphs, self.pool = {}, None  # by number of rows: see decode()
         empty = functools.partial(torch.empty, dtype=dtype, device=self.device)
         table = empty(params.vocab_size, params.dim)
@@ -401,8 +406,7 @@ class Transformer(nn.Module):
         """run() of one token for each row, given their tokens, rows and positions.
 
         On one device it is recorded once for each number of rows, as a CUDA graph that
-        holds for all positions, and from then on replayed: one launch instead of ten a
-        layer.
+        holds for all positions, and from then on replayed: one launch for hundreds.
         """
         n = len(inputs[0])
         if n not in self.graphs:
@@ -425,15 +429,16 @@ class Transformer(nn.Module):
         step = functools.partial(
             self.run, buffers[0], Batch(None, *buffers[1:], self.freqs_cis)
         )
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.device(self.device):
-                step()  # compiles what is not compiled, which a recording cannot
-                torch.cuda.synchronize()
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.device(self.device):
+            step()  # compiles what is not compiled, which a recording cannot
+            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            options = {"pool": self.pool, "stream": torch.cuda.Stream()}
+            try:
+                with torch.cuda.graph(graph, **options):
                     logits = step()
-        except RuntimeError as error:
-            warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
-            return None
+            except RuntimeError as error:
+                torch.cuda.set_stream(current)
+                warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
+                return None
         return graph, buffers, logits

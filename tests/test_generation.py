@@ -1070,3 +1070,24 @@ def test_gpu_distribution():
     for p in (0.3, 0.9, 1.0):
         drawn = sample_top_p(rows, p, torch.Generator("cuda").manual_seed(0))
         check_distribution(drawn.flatten().cpu(), nucleus(probs, p))
+
+
+def test_a_stream_that_lost_the_cache_says_so():
+    """Every request has the cache from its first row on: two at once cannot be."""
+    mixtral = tiny()
+    first = mixtral.decode(mixtral.prefill([[1, 5]])[0], [2], 8, 0, 0.9)
+    next(first)
+    mixtral.generate([[1, 6, 7]], 2, temperature=0)
+    with pytest.raises(RuntimeError, match="another request"):
+        list(first)
+
+
+def test_a_temperature_of_next_to_nothing_is_greedy():
+    logits = torch.tensor([[0.0, 3.0, 1.0]])
+    for temperature in (0, 1e-300, 1e-46, 1e-39, 1e-7, 1e-5):
+        assert tiny().sample(logits, temperature, 0.9).tolist() == [1]
+
+
+def test_devices_of_one_type():
+    with pytest.raises(ValueError, match="one type"):
+        Transformer(ARGS, ["cpu", "meta"])
