@@ -74,8 +74,10 @@ def find_files(folder: Path) -> list[Path]:
         last = max(int(part.rpartition("split")[2]) for part in parts)
         files = [f"consolidated.00.pth-split{i}" for i in range(last + 1)]
     elif "model.safetensors.index.json" in names:
-        index = read_json(folder / "model.safetensors.index.json")
-        files = sorted(set(index.get("weight_map", {}).values()))
+        index = read_json(folder / "model.safetensors.index.json").get("weight_map")
+        if not isinstance(index, dict):
+            raise ValueError(f"{folder}'s index has no weight_map: download it again")
+        files = sorted(set(map(str, index.values())))
     elif files and (match := re.search(r"-of-(\d+)", files[0])):
         count = int(match[1])
         files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
@@ -170,9 +172,8 @@ def read_file(path: Path) -> dict[str, Tensor]:
         if path.suffix != ".safetensors":
             check_zip(path)
             # weights_only: a pickle may hold tensors, never code that runs.
-            return {
-                **torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            }
+            tensors = torch.load(path, "cpu", mmap=True, weights_only=True)
+            return {**tensors}
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:

@@ -83,7 +83,7 @@ class Mixtral:
     def generate(
         self,
         prompt_tokens: list[list[int]],
-        max_gen_len: int,
+        max_gen_len: int | None,
         temperature: float = 0.6,
         top_p: float = 0.9,
         logprobs: bool = False,
@@ -91,7 +91,7 @@ class Mixtral:
     ) -> tuple[list[list[int]], list[list[float]] | None]:
         """Each prompt's continuation, with echo after the prompt, and log-probabilities.
 
-        A row ends before eos, after max_gen_len tokens, or at max_seq_len. The
+        A row ends before eos, after max_gen_len tokens if given, or at max_seq_len. The
         log-probabilities are the model's own, of before temperature and top_p, and 0
         for a prompt's first token. Raises ValueError as check_request does.
         """
@@ -148,7 +148,7 @@ class Mixtral:
         self,
         logits: Tensor,
         starts: list[int],
-        max_gen_len: int,
+        max_gen_len: int | None,
         temperature: float,
         top_p: float,
         logprobs: bool = False,
@@ -159,7 +159,8 @@ class Mixtral:
         ended leaves the batch.
         """
         room, eos = self.model.params.max_seq_len, self.tokenizer.eos_id
-        ends = [min(start + max_gen_len, room) for start in starts]
+        most = room if max_gen_len is None else max_gen_len
+        ends = [min(start + most, room) for start in starts]
         live = [row for row, end in enumerate(ends) if starts[row] < end]
         logits, step, request = logits[live], 0, self.request
         while live:
@@ -216,8 +217,6 @@ class Mixtral:
     def predict(
         self, prompt_tokens: list[list[int]], max_gen_len: int | None, *options
     ) -> list[CompletionPrediction]:
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len - 1
         tokens, values = self.generate(prompt_tokens, max_gen_len, *options)
         decode = self.tokenizer.decode
         results = [{"generation": decode(t)} for t in tokens]
@@ -233,8 +232,6 @@ class Mixtral:
         max_gen_len: int | None = None,
     ) -> Iterator[str]:
         """text_completion's text for one prompt, piece by piece as it comes."""
-        if max_gen_len is None:
-            max_gen_len = self.model.params.max_seq_len - 1
         tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
         check_request([tokens], self.model.params, temperature, top_p)
         logits, _ = self.prefill([tokens])

@@ -108,7 +108,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1 and not x.is_cuda:
+        if len(x) == 1 and not x.is_cuda:  # three operations instead of nine
             norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
             return x * (norm * norm / x.shape[1] + self.eps) ** -0.5 * self.weight
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

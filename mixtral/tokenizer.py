@@ -9,12 +9,12 @@ TAGS = ("[INST]", "[/INST]", "<s>", "</s>")
 
 
 class Tokenizer:
-    """A SentencePiece model. Raises FileNotFoundError or ValueError where model_path is not one."""
+    """A SentencePiece model; FileNotFoundError or ValueError where there is none."""
 
     def __init__(self, model_path: str | Path):
         if not Path(model_path).is_file():
             raise FileNotFoundError(
-                f"no tokenizer at {model_path}: give the path of the checkpoint's tokenizer.model"
+                f"no tokenizer at {model_path}: give the path of a tokenizer.model"
             )
         try:
             self.sp_model = SentencePieceProcessor(model_file=str(model_path))
@@ -34,7 +34,7 @@ class Tokenizer:
         return self.sp_model.decode(t)
 
     def encode_dialog(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
-        """A dialog in the format its model was trained on, up to where the assistant speaks.
+        """A dialog in its model's format, up to where the assistant speaks.
 
         The format is the first (8x7B) where the tags [INST] and [/INST] are plain text,
         and the third (8x22B) where they are tokens. Raises ValueError where the roles are
@@ -67,17 +67,17 @@ class Tokenizer:
         return tokens
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Text as its tokens come, never half a character; joined, it is decode() of all of them."""
+        """decode() of all tokens, in parts, as they come, never half a character."""
         window, sent = [], ""
         for token in tokens:
             window.append(token)
             text = self.decode(window)
-            # The replacement characters at the end may be bytes of a character whose others are still to come.
+            # Replacement characters at the end may be a character's first bytes.
             whole = text.rstrip("\ufffd")
             if whole != sent:
                 yield whole[len(sent) :]
                 sent = whole
-            # A piece of text after which nothing is open is all the context that what follows needs.
+            # Where nothing is open, this piece is all the context that others need.
             if whole == text and not (
                 self.sp_model.is_byte(token) or self.sp_model.is_control(token)
             ):

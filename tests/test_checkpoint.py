@@ -194,6 +194,7 @@ W1 = "layers.0.feed_forward.experts.1.w1.weight"
         ("D", edit("config.json", quantization_config={"quant_method": "awq"}), "awq"),
         ("D", drop("model.safetensors"), "no weights"),
         ("D", drop("config.json"), "no config.json"),
+        ("D-sharded", put("model.safetensors.index.json", b"{}"), "no weight_map"),
         ("D-sharded", drop("model-00002-of-00004.safetensors"), "00002-of.* missing"),
         ("D-sharded", drop("model-00004-of-00004.safetensors"), "00004-of.* missing"),
     ],
