@@ -1,29 +1,37 @@
-"""Mixtral: Llama's transformer with a sparse mixture of experts as feed-forward layer.
+"""Mixtral: Llama's transformer with a sparse mixture of experts in every layer.
 
-Read top to bottom: attention as in Llama 2, then `MoE`, then `Transformer`, which puts
-every layer's experts on a list of devices. The T tokens of a forward, of one cache row
-or of many, lie end to end in one (T, dim) tensor: there is no padding.
+It reads from top to bottom: attention as in Llama 2, `MoE` in the place of the
+feed-forward layer, and `Transformer`. The T tokens of a pass, of one row of the cache or
+of many, lie end to end in one (T, dim) tensor without padding. This is plain PyTorch for
+any device; decode.py makes GPUs fast at one new token a row.
 """
 
 import functools
-import importlib.util
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# On a GPU, a forward of so few tokens never makes the host wait, for it is decoding.
-DECODE_TOKENS = 16
+# cuDNN's is left out: it prepares itself anew for every length of a prompt.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+ATTENTION += [SDPBackend.MATH]
+
+# A GPU processes slices of at least so many tokens even if their expert is in host
+# memory. Its weights, 352 MB in 8x7B, cross in 30 to 60 ms, in which a processor of
+# 1 TFLOP/s processes about as many tokens. (An estimate, not measured.)
+MOVE_WEIGHTS = 128
 
 
 @dataclass
 class ModelArgs:
-    """The sizes of a model, 8x7B's by default, and of its cache."""
+    """The sizes of a model, by default 8x7B's, and of its cache of keys and values.
+
+    Raises ValueError for sizes that no Mixtral can have.
+    """
 
     dim: int = 4096
     n_layers: int = 32
@@ -39,6 +47,20 @@ class ModelArgs:
     max_batch_size: int = 4
     max_seq_len: int = 4096
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), "a whole number of at least 1"
+            good = type(value) is int and 0 < value < 2**31
+            if field.type is float:
+                kind = "a finite number above 0"
+                good = type(value) in (int, float) and 0 < value < 1e300
+            if not good:
+                raise ValueError(f"{field.name} must be {kind}, not {value!r:.40}")
+        if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
+            raise ValueError("head_dim must be even, n_heads a multiple of n_kv_heads")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError("num_experts_per_tok must be at most num_experts")
+
 
 class Span(NamedTuple):
     """`length` new tokens of cache row `row`, the first of them at position `start`."""
@@ -49,69 +71,52 @@ class Span(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Where the T tokens of one forward belong, for the host in spans, else on device.
+    """Where the T tokens of a pass belong."""
 
-    With spans None each token is its row's next and goes through mixtral.kernels, which
-    look their rotary factors up; otherwise freqs_cis holds those of the T tokens.
-    """
-
-    spans: Sequence[Span] | None
+    spans: Sequence[Span]
     rows: Tensor  # (T,)
     positions: Tensor  # (T,)
-    freqs_cis: Tensor  # (max_seq_len, head_dim / 2) or (T, 1, head_dim / 2)
-
-
-@functools.cache
-def kernels() -> ModuleType | None:
-    """mixtral.kernels, or None where Triton's kernels cannot run: all works without."""
-    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("mixtral.kernels")
-
-
-def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
-    """x @ weight.T, plus residual if given, by the fastest product for the shape."""
-    if x.is_cuda and len(x) <= 4 and kernels():
-        return kernels().linear_decode(x, weight, residual)
-    onednn = torch.backends.mkldnn
-    if len(x) <= 2 and onednn.enabled and not x.is_cuda:
-        # For a row PyTorch has a matrix-vector product that is as fast as memory. oneDNN
-        # repacks the weights, and is half as fast, until three rows share the work.
-        onednn.enabled = False
-        try:
-            out = [F.linear(row, weight) for row in x.split(1)]
-        finally:
-            onednn.enabled = True
-        out = out[0] if len(x) == 1 else torch.cat(out)
-    else:
-        out = F.linear(x, weight)
-    return out if residual is None else residual + out
+    freqs_cis: Tensor  # (T, 1, head_dim / 2)
 
 
 class Linear(nn.Module):
-    """A product with a weight that lies where it was allocated, perhaps in a stack."""
+    """A bias-free linear layer whose weight may be a slice of a larger tensor.
 
-    def __init__(self, weight: Tensor):
+    A weight of type int8 has a scale for each of its rows.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return linear(x, self.weight, residual)
-
-
-class RMSNorm(nn.Module):
-    """Root mean square normalisation: https://arxiv.org/abs/1910.07467."""
-
-    def __init__(self, weight: Tensor, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) == 1 and not x.is_cuda:  # three operations instead of nine
-            norm = torch.linalg.vector_norm(x, dtype=torch.float32).item()
-            return x * (norm * norm / x.shape[1] + self.eps) ** -0.5 * self.weight
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        weight = self.weight.to(x.device)  # it may be in host memory
+        if self.scale is None:
+            return linear(x, weight)
+        return linear_int8(x, weight, self.scale.to(x.device))
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (T, in_features) times the transpose of weight (out_features, in_features)."""
+    onednn = torch.backends.mkldnn
+    if len(x) > 1 or x.is_cuda or not onednn.enabled:
+        return F.linear(x, weight)
+    # For a single row PyTorch's own kernel is twice as fast as oneDNN, which repacks
+    # the weight at every call. From two rows on oneDNN is as fast or faster.
+    onednn.enabled = False
+    try:
+        return F.linear(x, weight)
+    finally:
+        onednn.enabled = True
+
+
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """linear() for a weight whose rows are multiplied by scale (out_features,)."""
+    # PyTorch's 8-bit product reads rows in steps of 16 bytes, even beyond their end.
+    if x.is_cuda or len(x) > 32 or weight.shape[1] % 16:
+        return F.linear(x, weight.to(x.dtype)) * scale
+    return torch._weight_int8pack_mm(x, weight, scale)
 
 
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
@@ -125,10 +130,7 @@ def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Turn the interleaved pairs of x (T, heads, head_dim), in float32.
-
-    freqs_cis is (T, 1, head_dim / 2).
-    """
+    """Rotate the interleaved pairs of x (T, heads, head_dim), in float32."""
     pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2))
     return torch.view_as_real(pairs * freqs_cis).view(x.shape).type_as(x)
 
@@ -136,57 +138,47 @@ def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention over a cache of keys and values."""
 
-    def __init__(self, args: ModelArgs, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args: ModelArgs, factory: dict):
         super().__init__()
-        empty = functools.partial(torch.empty, dtype=dtype, device=device)
+        empty = functools.partial(torch.empty, **factory)
         self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
         self.head_dim = args.head_dim
-        heads = (args.n_heads, args.n_kv_heads, args.n_kv_heads)
-        # wq, wk and wv are slices of one matrix: one product.
-        self.wqkv = empty(sum(heads) * args.head_dim, args.dim)
-        slices = self.wqkv.split([n * args.head_dim for n in heads])
-        self.wq, self.wk, self.wv = map(Linear, slices)
+        sizes = [n * args.head_dim for n in (args.n_heads, *[args.n_kv_heads] * 2)]
+        # wq, wk and wv are slices of one matrix, so that one product serves all three.
+        self.wqkv = empty(sum(sizes), args.dim)
+        self.wq, self.wk, self.wv = map(Linear, self.wqkv.split(sizes))
         self.wo = Linear(empty(args.dim, args.n_heads * args.head_dim))
         cache = (args.max_batch_size, args.max_seq_len, args.n_kv_heads, args.head_dim)
-        self.cache_k, self.cache_v = empty(cache), empty(cache)
+        self.register_buffer("cache_k", empty(cache), persistent=False)
+        self.register_buffer("cache_v", empty(cache), persistent=False)
 
-    def forward(self, x: Tensor, residual: Tensor, batch: Batch) -> Tensor:
-        spans, rows, positions, freqs_cis = batch
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
         heads, kv_heads = self.n_heads, self.n_kv_heads
         qkv = linear(x, self.wqkv).view(len(x), -1, self.head_dim)
         xqk, xv = qkv.split((heads + kv_heads, kv_heads), dim=1)
-        if spans is None:
-            xq, xk = xqk.split((heads, kv_heads), dim=1)
-            cache = (self.cache_k, self.cache_v, rows, positions)
-            xq = kernels().rope_and_cache(xq, xk, xv, freqs_cis, *cache)
-            out = kernels().decode_attention(xq, *cache)
-        else:
-            xqk = apply_rotary_emb(xqk, freqs_cis)
-            xq, xk = xqk.split((heads, kv_heads), dim=1)
-            self.cache_k[rows, positions], self.cache_v[rows, positions] = xk, xv
-            queries = xq.split([span.length for span in spans])
-            out = torch.cat([self.attend(*each) for each in zip(queries, spans)])
-        return self.wo(out.view(len(x), -1), residual)
+        xqk = apply_rotary_emb(xqk, batch.freqs_cis)
+        xq, xk = xqk.split((heads, kv_heads), dim=1)  # (T, n_heads, head_dim), ...
+        self.cache_k[batch.rows, batch.positions] = xk
+        self.cache_v[batch.rows, batch.positions] = xv
+        queries = xq.split([span.length for span in batch.spans])
+        parts = [self.attend(q, span) for q, span in zip(queries, batch.spans)]
+        return self.wo(torch.cat(parts))  # (T, dim)
 
     def attend(self, q: Tensor, span: Span) -> Tensor:
-        """A row's new queries (length, n_heads, head_dim) over all it has up to them.
-
-        Heads that share a key are its queries where one position needs no mask, else
-        a batch over keys that are expanded, not copied.
-        """
+        """Attention of a span's queries (length, n_heads, head_dim) over its row."""
         row, end = slice(span.row, span.row + 1), span.start + span.length
         k = self.cache_k[row, :end].transpose(1, 2)  # (1, n_kv_heads, end, head_dim)
         v = self.cache_v[row, :end].transpose(1, 2)
-        if span.length == 1:
-            q = q.view(1, self.n_kv_heads, -1, self.head_dim)  # n_rep in length's place
+        if span.length == 1:  # no mask: a key's n_rep heads are as many queries
+            q = q.view(1, self.n_kv_heads, -1, self.head_dim)
             return F.scaled_dot_product_attention(q, k, v).view(1, -1)
-        # (n_rep, n_kv_heads, length, head_dim)
+        # (n_rep, n_kv_heads, length, head_dim): keys are expanded, not copied
         q = q.unflatten(1, (self.n_kv_heads, -1)).permute(2, 1, 0, 3)
         k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
         if span.start == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # a late import, for it takes longer than all others
-            from torch.nn.attention.bias import causal_lower_right
+        else:
+            from torch.nn.attention.bias import causal_lower_right  # takes 2 seconds
 
             mask = causal_lower_right(span.length, end)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -196,137 +188,90 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """One expert, a SwiGLU: https://arxiv.org/abs/2002.05202."""
 
-    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor):
+    def __init__(self, w1: Linear, w2: Linear, w3: Linear):
         super().__init__()
-        self.w1, self.w2, self.w3 = Linear(w1), Linear(w2), Linear(w3)
+        self.w1, self.w2, self.w3 = w1, w2, w3
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
+    def fetch(self, x: Tensor) -> Tensor:
+        """x where it is to be processed: with the weights, unless they had better move."""
+        device = self.w1.weight.device
+        return x if device.type == "cpu" and len(x) >= MOVE_WEIGHTS else x.to(device)
+
 
 class MoE(nn.Module):
-    """Sparse mixture of experts: a token goes to those with its top_k gate logits.
+    """Sparse mixture of experts: each token is processed by its top_k experts only.
 
-    The experts are dealt out to the devices in order. A device gets every token with
-    its logits, in one copy, and sends back the sum over its own experts, in another.
+    The experts are dealt out to the places, devices or host memory, in order.
     """
 
-    def __init__(
-        self, args: ModelArgs, devices: Sequence[torch.device], dtype: torch.dtype
-    ):
+    def __init__(self, args: ModelArgs, factory: dict, places: Sequence[dict]):
         super().__init__()
-        self.devices, self.top_k = devices, args.num_experts_per_tok
-        self.n_local = args.num_experts // len(devices)
-        self.gate = Linear(
-            torch.empty(args.num_experts, args.dim, dtype=dtype, device=devices[0])
-        )
-        self.experts, self.stacks = nn.ModuleList(), []
-        up, down = (args.hidden_dim, args.dim), (args.dim, args.hidden_dim)
-        for device in devices:
-            empty = functools.partial(torch.empty, dtype=dtype, device=device)
-            stack = [empty(self.n_local, *shape) for shape in (up, down, up)]
-            self.experts.extend(map(FeedForward, *stack))
-            if device.type == "cuda":  # for the kernels, which find an expert by number
-                self.stacks.append(stack)
+        self.top_k, self.places = args.num_experts_per_tok, places
+        self.gate = Linear(torch.empty(args.num_experts, args.dim, **factory))
+        self.experts, self.grouped = nn.ModuleList(), None
+        n, up = args.num_experts // len(places), (args.hidden_dim, args.dim)
+        for place in places:
+            layers = [stack(n, *s, place, factory) for s in (up, up[::-1], up)]
+            self.experts.extend(map(FeedForward, *layers))
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        logits = self.gate(x)
-        counts = None if len(x) <= DECODE_TOKENS else self.count(logits)
-        if len(self.devices) == 1:
-            return self.local_sum(0, x, logits, counts, residual)
-        inputs, packed = [(x, logits)], torch.cat((x, logits), dim=1)
-        for device in self.devices[1:]:
-            copy = packed.to(device, non_blocking=True)
-            inputs.append(copy.split((x.shape[1], logits.shape[1]), dim=1))
-        # The first device is last to be given its work: it has had the packing to do.
-        sums = [self.local_sum(i, *inputs[i], counts) for i in range(len(inputs))[::-1]]
-        out = sums.pop()
-        for part in sums:
-            out = out + part.to(x.device, non_blocking=True)
-        return residual + out
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x, self.gate(x)).type_as(x)
 
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights, in float32, and ids of each token's experts, both (T, top_k)."""
-        logits, selected = torch.topk(logits.float(), self.top_k)
-        return logits.softmax(dim=-1), selected
+    def mix(self, x: Tensor, logits: Tensor) -> Tensor:
+        """Each token's experts of x (T, dim), weighted and summed: float32 (T, dim)."""
+        logits, chosen = logits.float().topk(self.top_k)  # (T, top_k)
+        weights = logits.softmax(dim=-1)
+        # Sorted by expert, the (token, choice) pairs of an expert are a slice.
+        pairs = chosen.flatten().argsort(stable=True)  # (T * top_k,)
+        counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))
+        tokens = x[pairs // self.top_k]  # (T * top_k, dim)
+        process = self.grouped or self.one_by_one  # the former set by decode.py
+        out = torch.empty_like(tokens)
+        out[pairs] = process(tokens, counts)
+        return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
-    def count(self, logits: Tensor) -> list[int]:
-        """How many tokens chose each expert: the layer's one wait for the device."""
-        experts = torch.arange(logits.shape[1], device=logits.device)
-        _, selected = self.route(logits)
-        return (selected[..., None] == experts).sum((0, 1)).tolist()
+    def one_by_one(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """The slices of tokens, counts[e] of them for expert e, after their experts."""
+        slices = tokens.split(counts.tolist())  # the layer's one wait
+        work = [(e, part) for e, part in zip(self.experts, slices) if len(part)]
+        work = [(e, e.fetch(part)) for e, part in work]  # copies first,
+        outs = [expert(part) for expert, part in work]  # all work under way,
+        return torch.cat([out.to(tokens.device) for out in outs])  # copies back last
 
-    def local_sum(
-        self,
-        i: int,
-        x: Tensor,
-        logits: Tensor,
-        counts: list[int] | None,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """The sum of weight * expert(x) over device i's experts, (T, dim)."""
-        first, last = i * self.n_local, (i + 1) * self.n_local
-        if counts is None and x.is_cuda and kernels():
-            routing = (first, self.top_k, residual)
-            return kernels().moe_decode(x, logits, *self.stacks[i], *routing)
-        weights, selected = self.route(logits)
-        if counts is None and not x.is_cuda:
-            # The host sees who was chosen, and few tokens it deals out quickest itself.
-            out = torch.zeros_like(x) if residual is None else residual
-            out = out.to(torch.float32, copy=True)
-            rows, sums = x.split(1), out.split(1)
-            chosen: dict[int, list[tuple[int, float]]] = {}
-            for token, pairs in enumerate(zip(selected.tolist(), weights.tolist())):
-                for e, weight in zip(*pairs):
-                    chosen.setdefault(e, []).append((token, weight))
-            for e in chosen.keys() & range(first, last):
-                part = self.experts[e](
-                    torch.cat([rows[token] for token, _ in chosen[e]])
-                )
-                for (token, weight), row in zip(chosen[e], part.split(1)):
-                    sums[token].add_(row, alpha=weight)
-            return out.type_as(x)
-        if counts is None:
-            # A GPU is not asked whom it chose: a weight of 0 says who was not.
-            weights = torch.zeros_like(logits).float().scatter(1, selected, weights)
-            held = zip(weights[:, first:last].split(1, dim=1), self.experts[first:last])
-            out = sum(weight * expert(x) for weight, expert in held).type_as(x)
-        else:  # (token, choice) pairs sorted by expert: each works once, on a slice
-            begin, end = sum(counts[:first]), sum(counts[:last])
-            pairs = selected.flatten().argsort(stable=True)[begin:end]
-            parts = x[pairs // self.top_k].split(counts[first:last])
-            experts = self.experts[first:last]
-            chosen = [expert(part) for expert, part in zip(experts, parts) if len(part)]
-            out = x.new_zeros(len(x) * self.top_k, x.shape[1])
-            if chosen:
-                out[pairs] = torch.cat(chosen)
-            out = out.view(*selected.shape, -1) * weights[..., None]  # (T, top_k, dim)
-            out = out.sum(1).type_as(x)
-        return out if residual is None else residual + out
+
+def stack(
+    n: int, rows: int, columns: int, place: dict, factory: dict
+) -> Iterator[Linear]:
+    """n linear layers whose weights are slices of one tensor."""
+    weights = torch.empty(n, rows, columns, **place)
+    if weights.dtype != torch.int8:
+        return map(Linear, weights)
+    scale = torch.empty(n, rows, dtype=factory["dtype"], device=weights.device)
+    return map(Linear, weights, scale)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(
-        self, args: ModelArgs, devices: Sequence[torch.device], dtype: torch.dtype
-    ):
+    def __init__(self, args: ModelArgs, factory: dict, places: Sequence[dict]):
         super().__init__()
-        norms = torch.empty(2, args.dim, dtype=dtype, device=devices[0])
-        self.attention = Attention(args, devices[0], dtype)
-        self.feed_forward = MoE(args, devices, dtype)
-        self.attention_norm = RMSNorm(norms[0], args.norm_eps)
-        self.ffn_norm = RMSNorm(norms[1], args.norm_eps)
+        self.attention = Attention(args, factory)
+        self.feed_forward = MoE(args, factory, places)
+        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps, **factory)
+        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps, **factory)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        h = self.attention(self.attention_norm(x), x, batch)  # x + attention
-        return self.feed_forward(self.ffn_norm(h), h)  # h + feed_forward
+        h = x + self.attention(self.attention_norm(x), batch)
+        return h + self.feed_forward(self.ffn_norm(h))
 
 
 class Transformer(nn.Module):
-    """The whole model under the checkpoint's names, its weights allocated, not filled.
+    """The whole model under the checkpoint's names; its weights are not yet filled.
 
-    Expert e of every layer is on devices[e // (num_experts / len(devices))], all else
-    on devices[0]. A device may be named more than once. Raises ValueError where the
-    devices cannot have equally many experts.
+    Expert e of a layer is on devices[e // (num_experts / len(devices))], or in host
+    memory in the last cpu_layers layers; all else is on devices[0]. A device may be
+    named more than once. Raises ValueError if the devices cannot share the experts.
     """
 
     def __init__(
@@ -334,39 +279,58 @@ class Transformer(nn.Module):
         params: ModelArgs,
         devices: Sequence[str | torch.device] = ("cpu",),
         dtype: torch.dtype = torch.bfloat16,
+        cpu_layers: int = 0,
+        int8: bool = False,
     ):
         super().__init__()
         devices = [torch.device(device) for device in devices]
         if not devices or params.num_experts % len(devices):
-            raise ValueError(
-                f"{params.num_experts} experts cannot be shared equally "
-                f"by {len(devices)} devices"
-            )
+            shared = f"{params.num_experts} experts cannot be shared equally by"
+            raise ValueError(f"{shared} {len(devices)} devices")
         if len({device.type for device in devices}) > 1:
             raise ValueError(f"{devices} are not all of one type")
+        if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
         self.params, self.devices, self.device = params, devices, devices[0]
-        if self.device.type == "cuda":
-            # cuDNN's attention would be preferred, and plans anew for every length.
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        self.graphs, self.pool = {}, None  # by number of rows: see decode()
-        empty = functools.partial(torch.empty, dtype=dtype, device=self.device)
-        table = empty(params.vocab_size, params.dim)
+        self.decoder = None  # see prepare()
+        factory = {"device": self.device, "dtype": dtype}
+        kind = {"dtype": torch.int8 if int8 else dtype}
+        on_devices = [{"device": device, **kind} for device in devices]
+        on_host = [{"device": torch.device("cpu"), **kind}]
+        places = [on_devices] * (params.n_layers - cpu_layers) + [on_host] * cpu_layers
+        table = torch.empty(params.vocab_size, params.dim, **factory)
         self.tok_embeddings = nn.Embedding.from_pretrained(table)
         self.layers = nn.ModuleList(
-            TransformerBlock(params, devices, dtype) for _ in range(params.n_layers)
+            TransformerBlock(params, factory, each) for each in places
         )
-        self.norm = RMSNorm(empty(params.dim), params.norm_eps)
-        self.output = Linear(empty(params.vocab_size, params.dim))
-        self.freqs_cis = precompute_freqs_cis(
-            params.head_dim, params.max_seq_len, params.rope_theta
-        ).to(self.device)
+        self.norm = nn.RMSNorm(params.dim, params.norm_eps, **factory)
+        self.output = Linear(torch.empty(params.vocab_size, params.dim, **factory))
+        rope = params.head_dim, params.max_seq_len, params.rope_theta
+        freqs_cis = precompute_freqs_cis(*rope)
+        self.register_buffer("freqs_cis", freqs_cis.to(self.device), persistent=False)
+        self.requires_grad_(False)
 
-    @torch.inference_mode()
+    def prepare(self, report: Callable[[str], None]) -> None:
+        """Compile and record what makes GPUs fast: see decode.py.
+
+        To be called once the weights are loaded and before the first prompt, since it
+        writes to the cache. If it fails, report is called with the reason, and all runs
+        in plain PyTorch.
+        """
+        if self.device.type == "cuda":
+            try:
+                from .decode import Decoder  # imports Triton
+
+                self.decoder = self.decoder or Decoder(self, report)
+            except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+                why = str(error).partition("\n")[0]
+                report(f"warning: decoding without fast kernels, slower: {why}")
+
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] = 0) -> Tensor:
         """Logits, float32 (bsz, seqlen, vocab), after each of tokens (bsz, seqlen).
 
-        start_pos is the position of each row's first token, or one for all rows; what
-        precedes it is in the cache.
+        start_pos is the position of each row's first token, or one for all rows; the
+        tokens before it are in the cache.
         """
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
@@ -379,66 +343,20 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits, float32 (T, vocab), after each token of the spans laid end to end.
 
-        With last_only only those after each span's last token, (len(spans), vocab).
+        If last_only, only those after each span's last token, (len(spans), vocab).
         """
-        to_device = functools.partial(
-            torch.Tensor.to, device=self.device, non_blocking=True
-        )
         where = [(s.row, s.start + i) for s in spans for i in range(s.length)]
-        rows, positions = to_device(torch.tensor(where).T.contiguous())
-        tokens = to_device(tokens)
-        one_each = len(tokens) == len(spans) <= DECODE_TOKENS
-        if one_each and self.device.type == "cuda" and kernels():
-            return self.decode(tokens, rows, positions)
-        ends = torch.tensor([s.length for s in spans]).cumsum(0) - 1
+        where = torch.tensor(where).T.contiguous()  # (2, T)
+        rows, positions = where.to(self.device, non_blocking=True)
+        tokens = tokens.to(self.device, non_blocking=True)
+        if self.decoder and len(tokens) == len(spans) <= self.decoder.max_rows:
+            return self.decoder(tokens, rows, positions)
         batch = Batch(spans, rows, positions, self.freqs_cis[positions, None])
-        return self.run(tokens, batch, to_device(ends) if last_only else None)
-
-    def run(self, tokens: Tensor, batch: Batch, ends: Tensor | None = None) -> Tensor:
-        h = self.tok_embeddings(tokens)  # (T, dim)
-        for layer in self.layers:
-            h = layer(h, batch)
-        if ends is not None:
-            h = h[ends]
+        with sdpa_kernel(ATTENTION):
+            h = self.tok_embeddings(tokens)  # (T, dim)
+            for layer in self.layers:
+                h = layer(h, batch)
+        if last_only:
+            ends = torch.tensor([span.length for span in spans]).cumsum(0) - 1
+            h = h[ends.to(self.device, non_blocking=True)]
         return self.output(self.norm(h)).float()
-
-    def decode(self, *inputs: Tensor) -> Tensor:
-        """run() of one token for each row, given their tokens, rows and positions.
-
-        On one device it is recorded once for each number of rows, as a CUDA graph that
-        holds for all positions, and from then on replayed: one launch for hundreds.
-        """
-        n = len(inputs[0])
-        if n not in self.graphs:
-            self.graphs[n] = self.capture(inputs)
-        if self.graphs[n] is None:
-            return self.run(inputs[0], Batch(None, *inputs[1:], self.freqs_cis))
-        graph, buffers, logits = self.graphs[n]
-        for buffer, value in zip(buffers, inputs):
-            buffer.copy_(value)
-        graph.replay()
-        return logits.clone()  # the next replay writes over the graph's own
-
-    def capture(
-        self, inputs: Sequence[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, Sequence[Tensor], Tensor] | None:
-        """The recorded step, its inputs and its output; None where it cannot be had."""
-        if len(set(self.devices)) > 1:
-            return None
-        buffers = [x.clone() for x in inputs]
-        step = functools.partial(
-            self.run, buffers[0], Batch(None, *buffers[1:], self.freqs_cis)
-        )
-        with torch.cuda.device(self.device):
-            step()  # compiles what is not compiled, which a recording cannot
-            graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            options = {"pool": self.pool, "stream": torch.cuda.Stream()}
-            try:
-                with torch.cuda.graph(graph, **options):
-                    logits = step()
-            except RuntimeError as error:
-                torch.cuda.set_stream(current)
-                warnings.warn(f"decoding without a CUDA graph: {error}", stacklevel=2)
-                return None
-        return graph, buffers, logits
