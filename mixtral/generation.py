@@ -1,21 +1,22 @@
 """Prompts in, text out: `Mixtral`, with the methods and results of Llama 2's `Llama`."""
 
-import sys
+import math
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import check_memory, load_checkpoint, read_params
+from .checkpoint import check_memory, load_checkpoint, read_params, report
 from .model import ModelArgs, Span, Transformer
 from .tokenizer import Tokenizer
 
-# Prompts are read so many tokens at a time: enough to keep matrix units busy, and a
-# bound on the memory for activations.
+# Prompts are read in passes of at most so many tokens: enough to keep matrix units busy
+# and few enough to bound the memory for activations.
 PREFILL_TOKENS = {"cuda": 2048, "cpu": 512}
 
 
@@ -40,6 +41,13 @@ class ChatPrediction(TypedDict, total=False):
 
 
 class Mixtral:
+    """A model and its tokenizer, which complete prompts one request at a time.
+
+    A request of another thread waits until the one before has ended. Within a thread, a
+    new request takes over from a stream that was left unfinished, which then raises
+    RuntimeError if it is continued.
+    """
+
     @staticmethod
     def build(
         ckpt_dir: str | Path,
@@ -49,36 +57,38 @@ class Mixtral:
         num_gpus: int = 2,
         seed: int = 1,
         dtype: torch.dtype = torch.bfloat16,
+        cpu_layers: int = 0,
+        int8: bool = False,
     ) -> "Mixtral":
-        """Load a checkpoint onto num_gpus GPUs, or for the CPU with 0.
+        """Load a checkpoint onto num_gpus GPUs, or for the CPU if that is 0.
 
-        dtype is what weights are kept and computed in. On the CPU bfloat16 is best, for
-        half the bytes are read; float32 answers prompts faster on a processor without
-        bfloat16 instructions, and where the file is float32 needs no copy of it.
+        Weights are kept and computed in dtype. On the CPU bfloat16 is best, since it
+        halves the bytes to read; float32 reads prompts faster on a processor without
+        bfloat16 instructions. The experts of the last cpu_layers layers stay in host
+        memory. If int8, all experts are rounded to 8 bits, with a scale for each row.
 
         Raises FileNotFoundError, ValueError or RuntimeError with a message for a
-        person, before a weight is read.
+        person before any weight is read.
         """
-        start_time = time.time()
-        devices = find_devices(num_gpus)
+        start_time, devices = time.time(), find_devices(num_gpus)
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
         if params.vocab_size != tokenizer.n_words:
-            raise ValueError(
-                f"{tokenizer_path} has a vocabulary of {tokenizer.n_words}, the "
-                f"checkpoint one of {params.vocab_size}: use the tokenizer beside it"
-            )
-        check_memory(params, devices, dtype.itemsize)
-        model = Transformer(params, devices, dtype)
+            sizes = f"{tokenizer.n_words} tokens, the checkpoint {params.vocab_size}"
+            raise ValueError(f"{tokenizer_path} has {sizes}: use the one beside it")
+        check_memory(params, devices, dtype, cpu_layers, int8)
+        model = Transformer(params, devices, dtype, cpu_layers, int8)
         load_checkpoint(model, ckpt_dir)
-        print(f"Loaded in {time.time() - start_time:.2f} seconds", file=sys.stderr)
-        return Mixtral(model, tokenizer, seed)
+        generator = Mixtral(model, tokenizer, seed)
+        report(f"Loaded in {time.time() - start_time:.2f} seconds")
+        return generator
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
         self.model = model
         self.tokenizer = tokenizer
         self.rng = torch.Generator(model.device).manual_seed(seed)
-        self.request = 0  # the one that has the cache
+        self.cache = CacheOwner()
+        model.prepare(report)
 
     def generate(
         self,
@@ -92,112 +102,113 @@ class Mixtral:
         """Each prompt's continuation, with echo after the prompt, and log-probabilities.
 
         A row ends before eos, after max_gen_len tokens if given, or at max_seq_len. The
-        log-probabilities are the model's own, of before temperature and top_p, and 0
-        for a prompt's first token. Raises ValueError as check_request does.
+        log-probabilities are the model's own, before temperature and top_p, and 0 for
+        a prompt's first token. Raises ValueError as check_request does, and
+        RuntimeError if the logits are not finite.
         """
-        check_request(prompt_tokens, self.model.params, temperature, top_p)
-        if not prompt_tokens:
-            return [], [] if logprobs else None
-        logits, values = self.prefill(prompt_tokens, logprobs and echo)
-        tokens = [list(prompt) if echo else [] for prompt in prompt_tokens]
-        starts = [len(prompt) for prompt in prompt_tokens]
-        options = max_gen_len, temperature, top_p, logprobs
-        for row, token, value in self.decode(logits, starts, *options):
+        check_request(prompt_tokens, self.model.params, temperature, top_p, max_gen_len)
+        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+        tokens: list[list[int]] = [[] for _ in prompt_tokens]
+        values: list[list[float]] = [[] for _ in prompt_tokens]
+        steps = self._steps(prompt_tokens, logprobs=logprobs, echo=echo, **new)
+        for row, token, value in steps:
             tokens[row].append(token)
             values[row].append(value)
         return tokens, values if logprobs else None
 
     @torch.inference_mode()
-    def prefill(
-        self, prompts: list[list[int]], logprobs: bool = False
+    def _steps(
+        self,
+        prompts: list[list[int]],
+        logprobs: bool = False,
+        echo: bool = False,
+        **options: Any,
+    ) -> Iterator[tuple[int, int, float]]:
+        """Yield (row, token, if logprobs its log-probability) as tokens come."""
+        if not prompts:
+            return
+        request = self.cache.take()
+        try:
+            logits, values = self._prefill(prompts, logprobs and echo)
+            lengths = [len(prompt) for prompt in prompts]
+            for row, prompt in enumerate(prompts if echo else []):
+                for token, value in zip(prompt, values[row] or prompt):
+                    yield row, token, value
+                    self.cache.keep(request)
+            for new in self._decode(logits, lengths, logprobs=logprobs, **options):
+                yield new
+                self.cache.keep(request)
+        finally:
+            self.cache.leave(request)
+
+    def _prefill(
+        self, prompts: list[list[int]], logprobs: bool
     ) -> tuple[Tensor, list[list[float]]]:
         """Read the prompts into the cache: the logits (bsz, vocab) after each of them.
 
-        With logprobs also each prompt's own log-probabilities, else empty lists.
+        If logprobs, also each prompt's own log-probabilities, else empty lists.
         """
-        self.request += 1
-        chunks, most = [[]], PREFILL_TOKENS[self.model.device.type]
-        room = most
-        for row, prompt in enumerate(prompts):
-            start = 0
-            while start < len(prompt):
-                if room == 0:
-                    chunks.append([])
-                    room = most
-                span = Span(row, start, min(room, len(prompt) - start))
-                chunks[-1].append(span)
-                start, room = start + span.length, room - span.length
         last: dict[int, Tensor] = {}
         values = [[0.0] if logprobs else [] for _ in prompts]
-        for spans in chunks:
-            new = [prompts[row][start : start + n] for row, start, n in spans]
-            tokens = torch.tensor([token for tokens in new for token in tokens])
+        for spans in passes(prompts, PREFILL_TOKENS[self.model.device.type]):
+            new = [prompts[s.row][s.start : s.start + s.length] for s in spans]
+            tokens = torch.tensor([token for part in new for token in part])
             logits = self.model.forward_packed(tokens, spans, last_only=not logprobs)
-            parts = logits.split([span.length for span in spans] if logprobs else 1)
-            for (row, start, n), part in zip(spans, parts):
+            check_finite(logits.sum().item())
+            parts = logits.split([s.length for s in spans] if logprobs else 1)
+            for (row, start, length), part in zip(spans, parts):
                 last[row] = part[-1]
-                targets = prompts[row][start + 1 : start + 1 + n]
-                if logprobs and targets:
-                    targets = torch.tensor(targets, device=part.device)
-                    part = part[: len(targets)]
-                    values[row] += log_probability(part, targets).tolist()
+                if logprobs:  # those of the tokens that follow the span's
+                    after = prompts[row][start + 1 : start + 1 + length]
+                    targets = torch.tensor(after, dtype=torch.long).to(part.device)
+                    values[row] += log_probability(part[: len(after)], targets).tolist()
         return torch.stack([last[row] for row in range(len(prompts))]), values
 
-    @torch.inference_mode()
-    def decode(
+    def _decode(
         self,
         logits: Tensor,
-        starts: list[int],
+        lengths: list[int],
         max_gen_len: int | None,
         temperature: float,
         top_p: float,
-        logprobs: bool = False,
+        logprobs: bool,
     ) -> Iterator[tuple[int, int, float]]:
-        """Yield (row, token, its log-probability) as tokens come.
+        """Continue rows of these lengths, given the logits (bsz, vocab) after them.
 
-        logits (bsz, vocab) are those after each row's starts tokens. A row that has
-        ended leaves the batch.
+        A row that has ended leaves the batch. On a GPU the next step is launched before
+        the host reads this one's tokens; work for rows that have just ended is
+        discarded.
         """
         room, eos = self.model.params.max_seq_len, self.tokenizer.eos_id
         most = room if max_gen_len is None else max_gen_len
-        ends = [min(start + most, room) for start in starts]
-        live = [row for row, end in enumerate(ends) if starts[row] < end]
-        logits, step, request = logits[live], 0, self.request
-        while live:
-            if request != self.request:
-                raise RuntimeError(
-                    "another request has taken the cache: finish one first"
-                )
-            tokens = self.sample(logits, temperature, top_p)
-            values = log_probability(logits, tokens) if logprobs else tokens
-            spans = [Span(row, starts[row] + step, 1) for row in live]
-            ids, values = (t.to("cpu", non_blocking=True) for t in (tokens, values))
-            if ahead := logits.is_cuda:
-                # A GPU is given the next step before the host looks at this one, lest it
-                # wait; where a row turns out to have ended, its part is for nothing.
-                with torch.cuda.device_of(logits):
-                    copied = torch.cuda.Event()
-                    copied.record()
-                if any(starts[row] + step + 1 < ends[row] for row in live):
-                    logits = self.model.forward_packed(tokens, spans)
-                copied.synchronize()
-            ids, values, step = ids.tolist(), values.tolist(), step + 1
-            for row, token, value in zip(live, ids, values):
+        ends = [min(length + most, room) for length in lengths]
+        rows = [row for row, end in enumerate(ends) if lengths[row] < end]
+        logits = logits[rows]
+        while rows:
+            tokens, sums = self._sample(logits, temperature, top_p), logits.sum(dim=-1)
+            values = log_probability(logits, tokens) if logprobs else sums
+            read = to_host(tokens, values, sums)
+            spans = [Span(row, lengths[row], 1) for row in rows]
+            lengths = [n + (row in rows) for row, n in enumerate(lengths)]
+            more = [lengths[row] < ends[row] for row in rows]
+            if ahead := logits.is_cuda and any(more):
+                logits = self.model.forward_packed(tokens, spans)
+            ids, values, sums = read()
+            check_finite(sum(sums))
+            for row, token, value in zip(rows, ids, values):
                 if token != eos:
                     yield row, token, value
-            done = (starts[row] + step == ends[row] for row in live)
-            on = [i for i, end in enumerate(done) if not end and ids[i] != eos]
-            if not ahead and on:
-                logits = self.model.forward_packed(tokens[on], [spans[i] for i in on])
-            elif 0 < len(on) < len(live):
-                kept = torch.tensor(on).to(logits.device, non_blocking=True)
-                logits = logits[kept]
-            live = [live[i] for i in on]
+            kept = [i for i, token in enumerate(ids) if more[i] and token != eos]
+            rows, spans = [rows[i] for i in kept], [spans[i] for i in kept]
+            if rows and not ahead:
+                logits = self.model.forward_packed(tokens[kept], spans)
+            elif 0 < len(kept) < len(ids):
+                logits = logits[torch.tensor(kept).to(logits.device, non_blocking=True)]
 
-    def sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        if temperature < 1e-6:  # by which logits cannot be divided
+    def _sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
+        if temperature < 1e-6:  # too small to divide by
             return logits.argmax(dim=-1)
-        probs = torch.softmax(logits / temperature, dim=-1)
+        probs = torch.softmax(logits / float(temperature), dim=-1)
         return sample_top_p(probs, top_p, self.rng).flatten()
 
     def text_completion(
@@ -210,18 +221,20 @@ class Mixtral:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Complete each prompt as generate() does, by default as far as there is room."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts must be a list, not one text")  # noqa: TRY004
+        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
         tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        options = temperature, top_p, logprobs, echo
-        return self.predict(tokens, max_gen_len, *options)
+        return self._predict(tokens, logprobs=logprobs, echo=echo, **new)
 
-    def predict(
-        self, prompt_tokens: list[list[int]], max_gen_len: int | None, *options
+    def _predict(
+        self, prompt_tokens: list[list[int]], **options: Any
     ) -> list[CompletionPrediction]:
-        tokens, values = self.generate(prompt_tokens, max_gen_len, *options)
+        tokens, values = self.generate(prompt_tokens, **options)
         decode = self.tokenizer.decode
-        results = [{"generation": decode(t)} for t in tokens]
-        for result, t, logprobs in zip(results, tokens, values or []):
-            result |= {"tokens": [decode([x]) for x in t], "logprobs": logprobs}
+        results = [CompletionPrediction(generation=decode(t)) for t in tokens]
+        for result, ids, logprobs in zip(results, tokens, values or []):
+            result.update(tokens=[decode([i]) for i in ids], logprobs=logprobs)
         return results
 
     def stream_completion(
@@ -231,12 +244,22 @@ class Mixtral:
         top_p: float = 0.9,
         max_gen_len: int | None = None,
     ) -> Iterator[str]:
-        """text_completion's text for one prompt, piece by piece as it comes."""
+        """text_completion's text for one prompt, in pieces as they come."""
         tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
-        check_request([tokens], self.model.params, temperature, top_p)
-        logits, _ = self.prefill([tokens])
-        steps = self.decode(logits, [len(tokens)], max_gen_len, temperature, top_p)
-        yield from self.tokenizer.decode_stream(token for _, token, _ in steps)
+        new = self.stream_tokens(tokens, temperature, top_p, max_gen_len)
+        return self.tokenizer.decode_stream(new)
+
+    def stream_tokens(
+        self,
+        tokens: list[int],
+        temperature: float = 0.6,
+        top_p: float = 0.9,
+        max_gen_len: int | None = None,
+    ) -> Iterator[int]:
+        """generate's tokens for one prompt, as they come."""
+        check_request([tokens], self.model.params, temperature, top_p, max_gen_len)
+        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+        return (token for _, token, _ in self._steps([tokens], **new))
 
     def chat_completion(
         self,
@@ -246,61 +269,140 @@ class Mixtral:
         max_gen_len: int | None = None,
         logprobs: bool = False,
     ) -> list[ChatPrediction]:
-        """The assistant's next message in each dialog, of an Instruct model.
+        """The assistant's next message in each dialog, from an Instruct model.
 
-        A dialog that Tokenizer.encode_dialog refuses is answered with the reason, as
-        "Error: ...", and the others as if it were not there.
+        A dialog that is malformed or too long gets the answer "Error: ..." with the
+        reason; the others are unaffected.
         """
+        if dialogs and all(isinstance(dialog, dict) for dialog in dialogs):
+            raise ValueError("dialogs must be a list of dialogs, not a single one")
+        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
         prompts, answers = {}, {}
         for i, dialog in enumerate(dialogs):
             try:
                 prompts[i] = self.tokenizer.encode_dialog(dialog)
+                check_request([prompts[i]], self.model.params)
             except ValueError as error:
-                answers[i] = {"generation": f"Error: {error}"}
+                prompts.pop(i, None)
+                answers[i] = CompletionPrediction(generation=f"Error: {error}")
                 if logprobs:
-                    answers[i] |= {"tokens": [], "logprobs": []}
-        options = temperature, top_p, logprobs, False
-        predictions = self.predict([*prompts.values()], max_gen_len, *options)
-        answers |= zip(prompts, predictions)
+                    answers[i].update(tokens=[], logprobs=[])
+        predictions = self._predict(list(prompts.values()), logprobs=logprobs, **new)
+        answers.update(zip(prompts, predictions))
         for answer in answers.values():
             text = answer["generation"]
-            answer["generation"] = {"role": "assistant", "content": text}
+            answer["generation"] = Message(role="assistant", content=text)
         return [answers[i] for i in range(len(dialogs))]
 
 
+class CacheOwner:
+    """The request that the cache belongs to, from its prompt to its last token."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.request, self.thread = 0, None
+
+    def take(self) -> int:
+        """Begin a request, once no other thread's is under way: its number."""
+        with self.changed:
+            me = threading.get_ident()
+            self.changed.wait_for(lambda: self.thread in (None, me))
+            self.request, self.thread = self.request + 1, me
+            return self.request
+
+    def keep(self, request: int) -> None:
+        with self.changed:
+            if request != self.request:
+                raise RuntimeError(
+                    "another request has taken the cache: finish one first"
+                )
+            self.thread = threading.get_ident()  # a stream may move to another thread
+
+    def leave(self, request: int) -> None:
+        with self.changed:
+            if request == self.request:
+                self.thread = None
+                self.changed.notify()
+
+
+def require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(message)
+
+
 def find_devices(num_gpus: int) -> list[str]:
-    """The devices to spread experts over. Raises ValueError where they are too few."""
-    if num_gpus not in (0, 1, 2, 4, 8):
-        raise ValueError(f"--num-gpus is 0 (the CPU), 1, 2, 4 or 8, not {num_gpus!r}")
+    """The devices to spread experts over. Raises ValueError if there are too few."""
+    good = type(num_gpus) is int and num_gpus in (0, 1, 2, 4, 8)
+    require(good, f"num_gpus must be 1, 2, 4, 8 or 0 for the CPU, not {num_gpus!r}")
     visible = torch.cuda.device_count()
-    if num_gpus > visible:
-        raise ValueError(
-            f"--num-gpus {num_gpus}, but {visible} GPUs are visible: "
-            f"ask for fewer, or use the CPU with --num-gpus 0"
-        )
+    few = f"num_gpus is {num_gpus}, but {visible} GPUs are visible: use fewer, or 0"
+    require(num_gpus <= visible, f"{few} for the CPU")
     return [f"cuda:{i}" for i in range(num_gpus)] or ["cpu"]
 
 
 def check_request(
-    prompt_tokens: list[list[int]], room: ModelArgs, temperature: float, top_p: float
+    prompt_tokens: list[list[int]],
+    room: ModelArgs,
+    temperature: float = 0,
+    top_p: float = 1,
+    max_gen_len: int | None = None,
 ) -> None:
-    """Raise ValueError where prompts do not fit into room's max_batch_size rows of
-    max_seq_len tokens, or a sampling parameter has no meaning."""
+    """Raise ValueError unless the prompts fit into room's max_batch_size rows of
+    max_seq_len tokens and all other arguments make sense."""
     rows, length = room.max_batch_size, room.max_seq_len
-    if len(prompt_tokens) > rows:
-        raise ValueError(f"{len(prompt_tokens)} prompts: raise max_batch_size, {rows}")
+    count = len(prompt_tokens)
+    require(count <= rows, f"{count} prompts: raise max_batch_size, which is {rows}")
     for i, tokens in enumerate(prompt_tokens, 1):
-        if not tokens:
-            raise ValueError(f"prompt {i} has no tokens: begin it with bos")
-        if len(tokens) > length:
-            raise ValueError(
-                f"prompt {i} has {len(tokens)} tokens, max_seq_len is {length}: "
-                f"raise that or shorten the prompt"
-            )
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature is 0 (greedy) or above, not {temperature}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p is above 0 and at most 1, not {top_p}")
+        good = isinstance(tokens, (list, tuple))
+        require(good, f"prompt {i} must be a list of token ids, not {tokens!r}")
+        require(len(tokens) > 0, f"prompt {i} has no tokens: begin it with bos")
+        long = f"prompt {i} has {len(tokens)} tokens, max_seq_len is {length}: raise it"
+        require(len(tokens) <= length, f"{long} or shorten the prompt")
+        for token in tokens:
+            good = type(token) is int and 0 <= token < room.vocab_size
+            require(good, f"prompt {i}: {token!r} is no token id of this vocabulary")
+    good = type(temperature) in (int, float) and 0 <= temperature < math.inf
+    require(good, f"temperature must be 0 (greedy) or above, not {temperature!r}")
+    good = type(top_p) in (int, float) and 0 < top_p <= 1
+    require(good, f"top_p must be above 0 and at most 1, not {top_p!r}")
+    good = max_gen_len is None or (type(max_gen_len) is int and max_gen_len >= 0)
+    require(good, f"max_gen_len must be a whole number, 0 or more, not {max_gen_len!r}")
+
+
+def passes(prompts: list[list[int]], size: int) -> Iterator[list[Span]]:
+    """The prompts as spans, those of one pass with at most size tokens together."""
+    spans, room = [], size
+    for row, prompt in enumerate(prompts):
+        start = 0
+        while start < len(prompt):
+            span = Span(row, start, min(room, len(prompt) - start))
+            spans.append(span)
+            start, room = start + span.length, room - span.length
+            if room == 0:
+                yield spans
+                spans, room = [], size
+    if spans:
+        yield spans
+
+
+def to_host(*values: Tensor) -> Callable[[], list[list]]:
+    """Start to copy the values; the function returned waits for these copies alone."""
+    copies, copied = [value.to("cpu", non_blocking=True) for value in values], None
+    if values[0].is_cuda:
+        copied = torch.cuda.current_stream(values[0].device).record_event()
+
+    def read() -> list[list]:
+        if copied:
+            copied.synchronize()
+        return [copy.tolist() for copy in copies]
+
+    return read
+
+
+def check_finite(total: float) -> None:
+    if not math.isfinite(total):
+        why = "the logits are not finite: the weights are damaged"
+        raise RuntimeError(f"{why}, download them again")
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -312,9 +414,9 @@ def sample_top_p(
 ) -> Tensor:
     """Draw a token for each row, (bsz, 1), from the likeliest that together have p.
 
-    Nucleus sampling (https://arxiv.org/abs/1904.09751) of probs (bsz, vocab). The draw
-    is a race of exponential clocks, token i first with probability p_i, for which a
-    GPU, unlike for torch.multinomial, is not waited for.
+    Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). The
+    draw is a race of exponential clocks, which token i wins with probability p_i.
+    Unlike torch.multinomial it does not make the host wait for a GPU.
     """
     if p < 1:
         ordered, indices = probs.sort(dim=-1, descending=True)
