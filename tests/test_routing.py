@@ -1,0 +1,200 @@
+"""The router's choices against transformers', and what is shown of them."""
+
+import re
+import sys
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from reference import random_transformer, to_transformers
+from simulated import simulated_cuda
+
+from mixtral import ModelArgs, Tokenizer, Transformer, routing
+from mixtral import model as model_module
+from mixtral.checkpoint import load_checkpoint, read_params
+
+SIZES = {"dim": 16, "n_layers": 3, "head_dim": 8, "hidden_dim": 32, "n_heads": 4}
+SIZES |= {"n_kv_heads": 2, "vocab_size": 50, "max_batch_size": 2, "max_seq_len": 64}
+few = settings(max_examples=200, deadline=None, derandomize=True, database=None)
+ANSI = re.compile(r"\x1b\[48;5;(\d+);38;5;(?:16|231)m([^\x1b]*)\x1b\[0m")
+
+
+@pytest.fixture(autouse=True)
+def plain_pytorch(monkeypatch):
+    monkeypatch.setattr(model_module, "kernels", lambda: None, raising=False)
+    monkeypatch.setattr(Transformer, "decoder", None, raising=False)
+
+
+def check_route(model: Transformer, tokens: list[int], devices: int):
+    """routing.route() on so many devices, in pieces of 7 tokens, is transformers'."""
+    args, state = model.params, model.state_dict()
+    reference = to_transformers(args, state)
+    output = reference(torch.tensor([tokens]), output_router_logits=True)
+    probs = torch.stack(output.router_logits).detach().softmax(dim=-1)
+    want, chosen = probs.topk(args.num_experts_per_tok)
+    with simulated_cuda(devices):
+        places = [f"cuda:{i}" for i in range(devices)] or ["cpu"]
+        placed = Transformer(args, places, torch.float32)
+        placed.load_state_dict(state)
+        got, weights = routing.route(placed, tokens)
+    assert got.tolist() == chosen.tolist()
+    want /= want.sum(dim=-1, keepdim=True)
+    torch.testing.assert_close(weights, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    "n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)]
+)
+def test_route(monkeypatch, devices, n_experts, top_k, length):
+    """22 tokens in pieces of 7 leave one for the last."""
+    monkeypatch.setattr(routing, "PREFILL_TOKENS", {"cpu": 7, "cuda": 7})
+    moe = {"num_experts": n_experts, "num_experts_per_tok": top_k}
+    model = random_transformer(ModelArgs(**SIZES, **moe))
+    tokens = torch.randint(50, (length,), generator=torch.Generator().manual_seed(1))
+    check_route(model, tokens.tolist(), devices)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 2, 4])
+def test_route_of_the_demo(demo, devices):
+    text = (demo / "heldout.txt").read_text(encoding="utf-8")[:600]
+    model = Transformer(read_params(demo, 256, 1), dtype=torch.float32)
+    load_checkpoint(model, demo)
+    tokens = Tokenizer(demo / "tokenizer.model").encode(text, bos=True, eos=False)
+    check_route(model, tokens, devices)
+
+
+def test_route_leaves_the_model_as_it_was(monkeypatch):
+    """Also if it fails; and a recorded step, which would run no hooks, is not used."""
+    model = random_transformer(ModelArgs(**SIZES))
+    model.decoder = decoder = object()
+    forward = model.forward_packed
+
+    def watch(*args, **kwargs):
+        assert model.decoder is None
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward_packed", watch)
+    routing.route(model, [1])
+    with pytest.raises(IndexError):
+        routing.route(model, [50])
+    assert model.decoder is decoder
+    assert not any(layer.feed_forward.gate._forward_hooks for layer in model.layers)
+
+
+@pytest.fixture(scope="module", params=["v1", "v3", "demo"])
+def tokenizer(request) -> Tokenizer:
+    path = request.getfixturevalue(request.param)
+    return Tokenizer(path / "tokenizer.model" if path.is_dir() else path)
+
+
+# A byte's value, a special token or a share of the vocabulary.
+byte = st.one_of(st.integers(0, 255), st.integers(0x80, 0xBF), st.integers(0xC2, 0xF4))
+token = st.one_of(byte, st.sampled_from(["▁", "<s>", "</s>", "<unk>"]), st.floats(0, 1))
+
+
+def find(tokenizer: Tokenizer, token: str | float) -> int:
+    model = tokenizer.sp_model
+    if isinstance(token, float):
+        return int(token * (tokenizer.n_words - 1))
+    return model.piece_to_id(token if isinstance(token, str) else f"<0x{token:02X}>")
+
+
+@few
+@given(drawn=st.lists(token), text=st.text(max_size=10))
+@example(drawn=["<s>", "▁", "▁", "<s>", "▁", 0.9, 0xC3, "</s>", 0xA9], text="")
+@example(drawn=[*"é\ufffd🦆".encode(), 0xF0, 0x9F, 0xA6, 0.5, 0xA6], text="")
+def test_pieces_are_the_text(tokenizer, drawn, text):
+    tokens = [find(tokenizer, each) for each in drawn]
+    tokens += tokenizer.encode(text, bos=False, eos=False)
+    pieces = routing.split(tokenizer, tokens)
+    assert len(pieces) == len(tokens) and "".join(pieces) == tokenizer.decode(tokens)
+
+
+def test_a_character_belongs_to_its_first_token(tokenizer):
+    tokens = [find(tokenizer, each) for each in ["<s>", *"龘é".encode(), 0xE2, "▁"]]
+    want = ["", "龘", "", "", "é", "", "\ufffd", " "]
+    assert routing.split(tokenizer, tokens) == want
+
+
+TEXT = (
+    "Who  does\twhat? <&>\"'\r\n\n混合 e\u0301 \x1b[31m\x00\x7f\x9b\ufffe 🦆\n"
+    + "m" * 200
+)
+UNSAFE = re.compile("[\x00\r\x1b\x7f\x9b\ufffe]")
+SHOWN = UNSAFE.sub("\ufffd", TEXT)
+
+
+def choices(layers: int, n_experts: int) -> tuple[list[str], torch.Tensor]:
+    """TEXT in pieces, and experts that differ from layer to layer."""
+    pieces = ["", *re.findall(r"\n|[^\n]{1,3}", TEXT)]
+    first = torch.arange(len(pieces)) * 5 + torch.arange(layers)[:, None]
+    return pieces, torch.stack((first, first + 1), dim=-1) % n_experts
+
+
+def show(monkeypatch, terminal: bool, no_color: str, layers=5, n_experts=8) -> str:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("COLUMNS", "60")
+    return routing.show(*choices(layers, n_experts), n_experts)
+
+
+@pytest.mark.parametrize("terminal, no_color", [(False, ""), (True, "1")])
+def test_numbers(monkeypatch, terminal, no_color):
+    shown = show(monkeypatch, terminal, no_color)
+    pieces, chosen = choices(5, 8)
+    assert "\x1b" not in shown
+    for layer in (0, 2, 4):
+        marked = "".join(
+            f"[{e}]\n" if piece == "\n" else f"{piece}[{e}]"
+            for piece, e in zip(pieces, chosen[layer, :, 0].tolist())
+            if piece
+        )
+        assert "\n" + UNSAFE.sub("\ufffd", marked) + "\n" in shown
+    assert re.findall("Layer (.):", shown) == ["0", "2", "4"]
+
+
+def test_colours(monkeypatch):
+    """The text wraps at the terminal's width, and no colour goes on to a next line."""
+    shown = show(monkeypatch, True, "")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ANSI.sub("", shown))
+    for block in shown.rstrip("\n").split("\n\n"):
+        _, legend, *lines = block.split("\n")
+        found = [ANSI.findall(line) for line in lines]
+        assert all(ANSI.sub("", line) == "" for line in lines)
+        joined = "".join(text for line in found for _, text in line)
+        assert joined == re.sub(r"\s", " ", SHOWN)
+        assert max(routing.width("".join(t for _, t in line)) for line in found) <= 60
+        assert len({colour for colour, _ in ANSI.findall(legend)}) == 8
+
+
+def test_numbers_tell_experts_of_one_colour_apart(monkeypatch):
+    assert "Who[5]" in ANSI.sub(r"\2", show(monkeypatch, True, "", n_experts=16))
+
+
+def test_figures(monkeypatch):
+    """Two of three neighbours share their first expert."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False)
+    chosen = torch.tensor([[[3, 1], [3, 0], [3, 1], [0, 3]]])
+    shown = routing.show(["a", "b", "c", "d"], chosen, 4)
+    assert "66.7% of neighbours" in shown and "by chance 25.0%" in shown
+    assert " 0: 25.0%  1: 25.0%  2: 0.0%  3: 50.0% " in shown
+
+
+@pytest.mark.parametrize("layers, n_layers", [(1, 1), (2, 2), (5, 3)])
+def test_svg(layers, n_layers):
+    root = ElementTree.fromstring(routing.svg(*choices(layers, 8), 8))
+    name = "{http://www.w3.org/2000/svg}"
+    lines = [list(text.itertext()) for text in root.iter(f"{name}text")]
+    starts = [i for i, line in enumerate(lines) if "".join(line).startswith("Layer")]
+    assert len(starts) == n_layers
+    for start, end in zip(starts, [*starts[1:], len(lines)]):
+        assert (
+            "".join(part for line in lines[start + 2 : end] for part in line) == SHOWN
+        )
+    right = [
+        float(r.get("x", 0)) + float(r.get("width")) for r in root.iter(f"{name}rect")
+    ]
+    assert max(right) <= 830
