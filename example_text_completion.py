@@ -1,12 +1,12 @@
 """Completes the prompts below with a Mixtral checkpoint: edit them, or pass --prompt."""
 
+import functools
+import inspect
+import itertools
+import os
+import re
 import sys
-
-import fire
-
-fire.decorators.FIRE_METADATA = (
-    "_fire"  # else --help lists the decorator's own attribute as a command
-)
+from contextlib import suppress
 
 PROMPTS = [
     "Mistral.ai is a company that",
@@ -25,7 +25,6 @@ PROMPTS = [
 ]
 
 
-@fire.decorators.SetParseFns(ckpt_dir=str, tokenizer_path=str, prompt=str)
 def main(
     ckpt_dir: str,
     tokenizer_path: str,
@@ -37,64 +36,196 @@ def main(
     num_gpus: int = 2,
     prompt: str | None = None,
     stream: bool = False,
-    **unknown,
+    cpu_layers: int = 0,
+    int8: bool = False,
+    experts: bool | str = False,
 ):
     """Complete the prompts in this script, or the one given, and print the completions.
+    CKPT_DIR is a downloaded folder, and TOKENIZER_PATH the tokenizer.model in it.
 
-    Args:
-        ckpt_dir: the downloaded folder, with the weights and their sizes
-        tokenizer_path: the checkpoint's tokenizer.model
-        temperature: 0 takes the likeliest token; the higher, the more varied the text
-        top_p: draw from the likeliest tokens that have this probability together
-        max_seq_len: room for a prompt and its completion, in tokens
-        max_gen_len: at most so many new tokens for a prompt
-        max_batch_size: room for so many prompts
-        num_gpus: spread the experts over 1, 2, 4 or 8 GPUs; 0 runs on the CPU
-        prompt: complete this text instead of the script's prompts
-        stream: complete one prompt after the other and print the text as it comes
+    temperature: 0 takes the likeliest token; higher values vary the text more
+    top_p: draw from the likeliest tokens that have this probability together
+    max_seq_len: room for a prompt and its completion, in tokens
+    max_gen_len: the largest number of new tokens for a prompt
+    max_batch_size: the largest number of prompts that are completed together
+    num_gpus: spread the experts over 1, 2, 4 or 8 GPUs; 0 runs on the CPU
+    prompt: complete this text instead of the script's prompts
+    stream: complete one prompt after the other and print the text as it comes
+    cpu_layers: keep the experts of the last N layers in host memory
+    int8: keep the experts in 8 bits
+    experts: show which expert each token had; --experts FILE.svg draws it as well
     """
-    values = locals()
-    if unknown:
-        raise ValueError(f"there is no option --{min(unknown)}: --help lists them")
-    for name, kind in main.__annotations__.items():
-        value = values[name]
-        if kind in (int, float) and type(value) not in (int, kind):
-            whole = "whole " * (kind is int)
-            raise ValueError(f"--{name} is a {whole}number, not {value!r}")
-        if kind is bool and type(value) is not bool:
-            raise ValueError(f"--{name} takes no value, so not {value!r}")
-        if kind is int and name != "num_gpus" and value < 1:
-            raise ValueError(f"--{name} is at least 1, not {value}")
+    if max_gen_len < 1:
+        raise ValueError(f"--max-gen-len must be at least 1, not {max_gen_len}")
+    if isinstance(experts, str):
+        folder = os.path.dirname(experts) or "."
+        if not experts.endswith(".svg") or not os.access(folder, os.W_OK):
+            raise ValueError(
+                f"--experts must name an .svg file in a writable folder, not {experts!r}"
+            )
+        if prompt is None:
+            raise ValueError("--experts FILE.svg draws a single text: give --prompt")
 
     from mixtral import Mixtral, ModelArgs, Tokenizer  # takes seconds: PyTorch
     from mixtral.generation import check_request
 
     prompts = PROMPTS if prompt is None else [prompt]
+    # Everything that a request can be refused for is checked before minutes of loading.
     tokenizer = Tokenizer(tokenizer_path)
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-    room = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    check_request(tokens, room, temperature, top_p)  # before minutes of loading
+    room = ModelArgs(
+        vocab_size=tokenizer.n_words,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+    )
+    for together in [[each] for each in tokens] if stream else [tokens]:
+        check_request(together, room, temperature, top_p)
     generator = Mixtral.build(
-        ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, num_gpus
+        ckpt_dir,
+        tokenizer_path,
+        max_seq_len,
+        max_batch_size,
+        num_gpus,
+        cpu_layers=cpu_layers,
+        int8=int8,
     )
     if stream:
-        options = temperature, top_p, max_gen_len
-        texts = (generator.stream_completion(text, *options) for text in prompts)
+        completions = (
+            generator.stream_tokens(each, temperature, top_p, max_gen_len)
+            for each in tokens
+        )
     else:
-        results = generator.text_completion(prompts, temperature, top_p, max_gen_len)
-        texts = ([result["generation"]] for result in results)
-    for text, pieces in zip(prompts, texts):
+        completions, _ = generator.generate(tokens, max_gen_len, temperature, top_p)
+    for text, before, completion in zip(prompts, tokens, completions):
         print(text, end="\n> ", flush=True)
-        for piece in pieces:
+        shown, new = itertools.tee(completion)
+        for piece in tokenizer.decode_stream(shown):
             print(piece, end="", flush=True)
-        print("\n\n==================================\n")
+        if experts:
+            show_experts(generator, [*before, *new], experts)
+        print("\n\n==================================\n", flush=True)
+
+
+def show_experts(generator, tokens: list[int], picture: bool | str) -> None:
+    """Print which experts the tokens had; picture may name a file to draw it in."""
+    from mixtral import routing
+
+    chosen, _ = routing.route(generator.model, tokens)
+    pieces = routing.split(generator.tokenizer, tokens)
+    n_experts = generator.model.params.num_experts
+    print("\n\n" + routing.show(pieces, chosen, n_experts), end="")
+    if isinstance(picture, str):
+        with open(picture, "w", encoding="utf-8") as file:
+            file.write(routing.svg(pieces, chosen, n_experts))
+
+
+OPTIONS = inspect.signature(main).parameters
+KINDS = {int: "a whole number below 10**9", float: "a number", bool: "True or False"}
+
+
+def print_help() -> None:
+    summary, options = inspect.getdoc(main).split("\n\n")
+    print("usage: python example_text_completion.py CKPT_DIR TOKENIZER_PATH [OPTIONS]")
+    print(f"\n{summary}\n\nOptions, their defaults, and what they do:")
+    for line in options.splitlines():
+        name, text = line.split(": ", 1)
+        option = f"--{name.replace('_', '-')}"
+        print(f"  {option:<18}{OPTIONS[name].default!s:<7}{text}")
+
+
+def value_follows(kind: type, rest: list[str]) -> bool:
+    if kind is bool or not rest or rest[0] == "-" or rest[0].startswith("--"):
+        return False
+    return kind != bool | str or rest[0].endswith(".svg")
+
+
+def normalize(argv: list[str]) -> list[str]:
+    """The paths, then each option as --name=value, which leaves fire no choice."""
+    values, paths, rest = {}, [], argv
+    while rest:
+        argument, *rest = rest
+        if not argument.startswith("-"):
+            paths.append(argument)
+            continue
+        option, equals, value = argument.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if name not in OPTIONS:
+            raise ValueError(f"there is no option {option}: --help lists them all")
+        if name in values:
+            raise ValueError(f"{option} is given twice")
+        kind = OPTIONS[name].annotation
+        if not equals and value_follows(kind, rest):
+            value, *rest = rest
+        elif not equals and kind in (bool, bool | str):
+            value = "True"
+        elif not equals:
+            raise ValueError(f"{option} needs a value: write {option}=VALUE")
+        values[name] = value
+    if len(paths) + len(values.keys() & {"ckpt_dir", "tokenizer_path"}) != 2:
+        raise ValueError(
+            f"give two paths, the checkpoint's folder and its tokenizer.model, "
+            f"not {' '.join(paths) or 'none'}"
+        )
+    return paths + [f"--{name}={value}" for name, value in values.items()]
+
+
+def read(name: str, text: str) -> object:
+    """The value of an option; fire's own reading would evaluate Python literals."""
+    kind = OPTIONS[name].annotation
+    if kind == bool | str and text == "True":
+        return True
+    if kind not in KINDS:
+        return text
+    try:
+        value = {"True": True, "False": False}[text] if kind is bool else kind(text)
+        if kind is not int or value < 10**9:
+            return value
+    except (KeyError, ValueError):
+        pass
+    raise ValueError(f"--{name} must be {KINDS[kind]}, not {text!r}")
+
+
+def name_options(message: str) -> str:
+    """A message of the library, with its arguments named as this script's options."""
+    names = "|".join(name for name in OPTIONS if "_" in name or name == "int8")
+    return re.sub(
+        rf"(?<!\S)({names})(?=[\s,:]|$)",
+        lambda match: f"--{match[0].replace('_', '-')}",
+        message,
+    )
+
+
+def run(argv: list[str]) -> int:
+    """Run the script and return its exit code; an error becomes one line on stderr."""
+    null = os.open(os.devnull, os.O_WRONLY)  # in place of outputs that are closed
+    sys.stdout = sys.stdout or os.fdopen(null, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(null, "w", closefd=False)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    code, message = 0, ""
+    try:
+        if "-h" in argv or "--help" in argv:
+            print_help()
+        else:
+            import fire
+
+            readers = {name: functools.partial(read, name) for name in OPTIONS}
+            fire.Fire(fire.decorators.SetParseFns(**readers)(main), normalize(argv))
+    except BrokenPipeError:
+        pass  # The reader of stdout has gone, as `| head -1` does.
+    except KeyboardInterrupt:
+        code = 130
+    except (ValueError, OSError, RuntimeError) as error:
+        code, message = 1, f"error: {name_options(' '.join(str(error).splitlines()))}"
+    if code:
+        with suppress(OSError):
+            print(message, file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # Python flushes again when it exits, which must not fail.
+            os.dup2(null, stream.fileno())
+    return code
 
 
 if __name__ == "__main__":
-    try:
-        fire.Fire(main)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.exit(130)
+    sys.exit(run(sys.argv[1:]))

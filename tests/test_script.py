@@ -1,8 +1,6 @@
 """example_text_completion.py: what it prints, and how it refuses what cannot work."""
 
-import json
 import os
-import pickle
 import re
 import runpy
 import shutil
@@ -24,392 +22,317 @@ CPU = ("--num-gpus", "0")
 
 
 class Outcome(NamedTuple):
-    code: int | None
+    code: int
     out: str
     err: str
 
 
 @pytest.fixture
 def run(script, monkeypatch, capfd):
-    """Runs the script as a program would be, in this process: an import takes seconds.
+    """Runs the script in this process, because importing PyTorch takes seconds.
 
-    Warnings, which pytest else keeps to itself, count as lines of stderr.
+    Warnings, which pytest would keep to itself, count as lines of stderr.
     """
 
     def run(*args) -> Outcome:
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, args)])
         capfd.readouterr()
-        code = 0
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("default")
-            try:
+            with pytest.raises(SystemExit) as exit:
                 runpy.run_path(str(script), run_name="__main__")
-            except SystemExit as exit:
-                code = exit.code
         out, err = capfd.readouterr()
-        if isinstance(code, str):  # as Python does for a message
-            code, err = 1, f"{err}{code}\n"
-        return Outcome(code, out, err + "".join(f"{w.message}\n" for w in caught))
+        err += "".join(f"{warning.message}\n" for warning in caught)
+        return Outcome(exit.value.code, out, err)
 
     return run
 
 
-def start(script: Path, *args) -> subprocess.Popen:
-    """The script as a program, where no GPU can be seen."""
+@pytest.fixture
+def options(script) -> dict[str, object]:
+    """Every option's default."""
+    main = runpy.run_path(str(script))["main"]
+    names = list(main.__annotations__)[-len(main.__defaults__) :]
+    return dict(zip(names, main.__defaults__, strict=True))
+
+
+@pytest.fixture
+def prompts(script) -> list[str]:
+    return runpy.run_path(str(script))["PROMPTS"]
+
+
+def start(script: Path, *args, shell: str = 'exec "$@"', **env) -> subprocess.Popen:
+    """The script as a process of its own, started by a line of Bash."""
+    command = [sys.executable, str(script), *map(str, args), *CPU]
     return subprocess.Popen(
-        [sys.executable, str(script), *map(str, args)],
+        ["bash", "-c", shell, "bash", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
         cwd=script.parent,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        # Outputs are buffered, as they are for users.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", **env},
     )
 
 
 def assert_refused(outcome: Outcome, *patterns: str):
-    """One line that says all of this, and nothing else."""
-    assert outcome.out == ""
+    """One line on stderr that matches all patterns, and nothing else."""
+    assert (outcome.code, outcome.out) == (1, ""), outcome
+    assert outcome.err.startswith("error: "), outcome.err
     assert outcome.err.endswith("\n") and outcome.err.count("\n") == 1, outcome.err
-    assert "Traceback" not in outcome.err
     for pattern in patterns:
-        assert re.search(pattern, outcome.err), outcome.err
-    assert outcome.code == 1
+        assert re.search(pattern, outcome.err.strip()), outcome.err
 
 
 @pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    """The checkpoint, to be damaged."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+def unread(checkpoint, tmp_path) -> Path:
+    """A checkpoint whose weights are refused as soon as they are read.
 
-
-@pytest.fixture
-def unread(copy) -> Path:
-    """A checkpoint that is refused as soon as its weights are looked at.
-
-    So a complaint about anything else comes before loading.
+    So a complaint about anything else is made before loading.
     """
-    (copy / "consolidated.00.pth").write_bytes(b"not to be opened" * 100)
-    return copy
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "unread"))
+    (folder / "consolidated.00.pth").write_bytes(b"not to be opened" * 100)
+    return folder
 
 
 # What it prints
 
 
-def test_stdout(run, script, checkpoint):
-    """The prompts, their completions and rules between them, and nothing else."""
-    tokenizer = checkpoint / "tokenizer.model"
-    options = ("--temperature", "0", "--max-gen-len", "5", *CPU)
-    outcome = run(checkpoint, tokenizer, *options)
-    assert outcome.code == 0
+@pytest.mark.parametrize("batch", ["4", "1"])
+@pytest.mark.parametrize("stream", [(), ("--stream",), ("--stream=True",)])
+def test_stdout(run, checkpoint, prompts, stream, batch):
+    """The prompts, their completions and rules between them, and nothing else.
 
-    prompts = runpy.run_path(str(script))["PROMPTS"]
+    A stream has one prompt at a time and so needs room for one only.
+    """
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    args = ("--temperature", "0", "--max-gen-len", "5", "--max-batch-size", batch)
+    outcome = run(*paths, *args, *stream, *CPU)
     assert len(prompts) == 4
-    generator = Mixtral.build(checkpoint, tokenizer, 128, 4, num_gpus=0)
-    results = generator.text_completion(prompts, temperature=0, max_gen_len=5)
+    if batch == "1" and not stream:
+        return assert_refused(outcome, r"\b4 prompts", "max.batch.size")
+    generator = Mixtral.build(*paths, max_seq_len=128, max_batch_size=4, num_gpus=0)
+    together = [[prompt] for prompt in prompts] if stream else [prompts]
+    assert outcome.code == 0, outcome.err
     assert outcome.out == "".join(
         f"{prompt}\n> {result['generation']}\n{RULE}"
-        for prompt, result in zip(prompts, results)
+        for some in together
+        for prompt, result in zip(
+            some, generator.text_completion(some, temperature=0, max_gen_len=5)
+        )
     )
 
 
-def test_demo(script, demo):
+def test_demo(script, demo, prompts):
     """The README's command."""
     folder = demo.relative_to(script.parent)
-    process = start(script, folder, folder / "tokenizer.model", *CPU)
+    process = start(script, folder, folder / "tokenizer.model")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert "Traceback" not in err and "Warning" not in err
     *completions, rest = out.split(RULE)
-    prompts = runpy.run_path(str(script))["PROMPTS"]
     assert rest == "" and len(completions) == len(prompts)
     for prompt, completion in zip(prompts, completions):
         assert completion.startswith(f"{prompt}\n> ") and completion.endswith("\n")
         assert completion[len(f"{prompt}\n> ") :].strip()
 
 
+PLAIN = ["Wherefore, behold", "1984", "1e3", "None", "True", "[1, 2]", "{'a': 1}"]
+PLAIN += ['"quoted"', "'quoted'", "", " ", "- an item", "-1", "-x", "a=b", "{{text}}"]
+PLAIN += ["two\nlines  ", "naïve 🙂 词"]
+DASHES = ["--text", "--", "-", "-h", "--help", "--stream", "--prompt=a"]
+
+
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "Wherefore, behold",
-        "1984",
-        "1e3",
-        "None",
-        "[1, 2]",
-        "{'a': 1}",
-        '"quoted"',
-        "",
-        " ",
-        "- an item",
-        "-1",
-        "two\nlines  ",
-        "naïve 🙂 词",
-    ],
+    "prompt, args",
+    [(text, ["--prompt", text]) for text in PLAIN]
+    + [(text, [f"--prompt={text}"]) for text in PLAIN + DASHES],
 )
-def test_prompt_is_taken_literally(run, checkpoint, prompt):
-    args = (checkpoint, checkpoint / "tokenizer.model", "--max-gen-len", "2", *CPU)
-    outcome = run(*args, "--prompt", prompt)
+def test_prompt_is_taken_literally(run, checkpoint, prompt, args):
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    outcome = run(*args, *paths, "--max-gen-len", "2", *CPU)
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith(f"{prompt}\n> ")
     assert outcome.out.endswith(f"\n{RULE}")
     assert outcome.out.count(RULE) == 1
 
 
-def test_no_room_for_tokens(run, checkpoint):
-    """A prompt that fills the cache to the last position is complete as it is."""
-    args = (checkpoint, checkpoint / "tokenizer.model", *CPU)
+@pytest.mark.parametrize("temperature", ["1e20", "1" * 30, "1", ".5", "+1e-30"])
+def test_any_temperature(run, checkpoint, temperature):
+    """And a prompt that fills the cache to the last position is complete as it is."""
+    args = ("--temperature", temperature, "--prompt", "Hello", "--max_seq_len")
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    assert run(*paths, *args, "3", *CPU).code == 0
     # "Hello" is one piece, and bos stands before it.
-    outcome = run(*args, "--prompt", "Hello", "--max-seq-len", "2")
-    assert outcome.code == 0
-    assert outcome.out == f"Hello\n> \n{RULE}"
+    assert run(*paths, *args, "2", *CPU)[:2] == (0, f"Hello\n> \n{RULE}")
 
 
-# Options that make no sense
+def test_file_names_that_are_not_utf8(run, checkpoint, tmp_path):
+    path = tmp_path / "\udcff.model"
+    shutil.copy(checkpoint / "tokenizer.model", path)
+    assert run(checkpoint, path, "--prompt", "Hi", *CPU).code == 0
+    assert_refused(run(tmp_path / "\udcfe", path, *CPU), "folder")
+
+
+@pytest.mark.parametrize(
+    "args", ["-h", "--help", "a b c --help", "--prompt -h", "--no --help", "-- -h"]
+)
+def test_help(run, options, args):
+    code, out, err = run(*args.split())
+    assert (code, err) == (0, "")
+    assert "CKPT_DIR TOKENIZER_PATH" in out
+    shown = dict(re.findall(r"^  --(\S+) +(\S+) +\S", out, flags=re.MULTILINE))
+    shown = {name.replace("-", "_"): default for name, default in shown.items()}
+    assert shown == {name: str(default) for name, default in options.items()}
+
+
+# What is refused
+
+
+COMMANDS = {
+    "one two --prompt": "--prompt=VALUE",
+    "--prompt --stream one two": "--prompt=VALUE",
+    "one two --prompt --text": "--prompt=VALUE",
+    "one two --prompt -": "--prompt=VALUE",
+    "one two --prompt -- text": "--prompt=VALUE",
+    "one two --temperature --stream": "--temperature=VALUE",
+    "one two --": "no option --:",
+    "one two -- --prompt text": "no option --:",
+    "one two -": "no option -:",
+    "one two -1": "no option -1:",
+    "one two -t 1": "no option -t:",
+    "one two -prompt=text": "no option -prompt:",
+    "one two --temprature 0.5": "no option --temprature:",
+    "one two --a=b": "no option --a:",
+    "one two --nostream": "no option --nostream:",
+    "one two three": "two paths.*one two three$",
+    "one two --prompt In 0.5": "two paths.*one two 0.5$",
+    "one two --stream True": "two paths.*one two True$",
+    "one two --ckpt-dir three": "two paths",
+    "one": "two paths.*one$",
+    "--tokenizer-path two": "two paths",
+    "": "two paths",
+    "one two --prompt a --prompt=b": "--prompt is given twice",
+    "one two --top-p=1 --top_p 1": "--top_p is given twice",
+    "one two --stream=yes": "stream must be True or False",
+    "one two --int8 8": "two paths.*one two 8$",
+    "one two --experts three": "two paths.*one two three$",
+    "one two --experts=three.png": "experts must name .*svg.*'three.png'",
+    "one two --experts=": "experts must name .*svg",
+    "one two --experts absent/three.svg": "experts must name .*'absent/three.svg'",
+    "one two --experts --prompt": "--prompt=VALUE",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_line(run, command):
+    """Nothing is looked at before the command makes sense, not even the paths."""
+    assert_refused(run(*command.split()), COMMANDS[command])
+
+
+NO_SIZES = ["0", "-3", "1.5", "1e3", "many", "None", "False", "[1]", "", "1" * 30]
+REFUSED = {
+    "temperature": ["-1", "-0.001", "nan", "inf", "warm", "True", "[1]", "{{temp}}"],
+    "top_p": ["0", "-0.5", "1.0001", "nan", "most", "None"],
+    "max_seq_len": NO_SIZES,
+    "max_gen_len": NO_SIZES,
+    "max_batch_size": NO_SIZES,
+    "cpu_layers": ["-1", "1.5", "many", "999", "1" * 30],
+    "num_gpus": ["3", "-1", "16", "abc", "0.0", "nan", "None", "[0]", "1" * 30],
+}
 
 
 @pytest.mark.parametrize(
     "option, value",
-    [
-        ("temperature", "-1"),
-        ("temperature", "-0.001"),
-        ("temperature", "nan"),
-        ("temperature", "warm"),
-        ("temperature", "True"),
-        ("temperature", "[1]"),
-        ("top_p", "0"),
-        ("top_p", "-0.5"),
-        ("top_p", "1.0001"),
-        ("top_p", "nan"),
-        ("top_p", "most"),
-        ("max_gen_len", "0"),
-        ("max_gen_len", "-3"),
-        ("max_gen_len", "1.5"),
-        ("max_gen_len", "many"),
-        ("max_seq_len", "0"),
-        ("max_seq_len", "None"),
-        ("max_batch_size", "0"),
-        ("max_batch_size", "-1"),
-        ("max_batch_size", "False"),
-        ("num_gpus", "3"),
-        ("num_gpus", "-1"),
-        ("num_gpus", "16"),
-        ("num_gpus", "abc"),
-        ("num_gpus", "0.0"),
-        ("num_gpus", "nan"),
-        ("num_gpus", "None"),
-        ("num_gpus", "[0]"),
-    ],
+    [(option, value) for option in REFUSED for value in REFUSED[option]],
 )
 def test_value_out_of_range(run, unread, option, value):
-    option_as_typed = f"--{option.replace('_', '-')}"
     cpu = () if option == "num_gpus" else CPU
-    args = (unread, unread / "tokenizer.model", *cpu)
-    outcome = run(*args, f"{option_as_typed}={value}")
+    typed = f"--{option.replace('_', '-')}={value}"
+    outcome = run(unread, unread / "tokenizer.model", *cpu, typed)
     assert_refused(outcome, option.replace("_", "[-_]"), re.escape(value))
 
 
-@pytest.mark.parametrize("args", [["--frobnicate", "1"], ["--temprature", "0.5"]])
-def test_unknown_option(run, unread, args):
-    outcome = run(unread, unread / "tokenizer.model", *CPU, *args)
-    assert_refused(outcome, args[0], "--help")
-
-
-@pytest.mark.parametrize("visible, asked", [(0, 1), (0, 2), (1, 2), (2, 8)])
-def test_too_few_gpus(run, unread, monkeypatch, visible, asked):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    outcome = run(unread, unread / "tokenizer.model", "--num-gpus", asked)
-    assert_refused(
-        outcome, f"--num-gpus {asked}\\b", f"\\b{visible} GPU", "--num-gpus 0\\b", "CPU"
-    )
-
-
-def test_two_gpus_are_the_default(run, unread, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    outcome = run(unread, unread / "tokenizer.model")
-    assert_refused(outcome, "--num-gpus 2", "--num-gpus 0", "CPU")
-
-
-def test_prompt_too_long(run, unread):
-    args = (unread, unread / "tokenizer.model", *CPU, "--prompt", "Hello there you")
+@pytest.mark.parametrize("stream", [(), ("--stream",)])
+def test_prompt_that_cannot_be_completed(run, unread, stream):
+    args = (unread, unread / "tokenizer.model", *CPU, "--max-seq-len", "3", *stream)
     # Three pieces, with bos four tokens.
-    assert_refused(run(*args, "--max-seq-len", "3"), r"\b4 tokens", "max.seq.len", "3")
+    outcome = run(*args, "--prompt", "Hello there you")
+    assert_refused(outcome, r"\b4 tokens", "max.seq.len", r"\b3\b")
+    assert_refused(run(*args, "--prompt", "a\udcff"), "Unicode", r"'a\\udcff'")
 
 
-def test_too_many_prompts(run, unread):
-    args = (unread, unread / "tokenizer.model", *CPU, "--max-batch-size", "3")
-    assert_refused(run(*args), r"\b4 prompts", "max.batch.size", "3")
+@pytest.mark.parametrize("visible, wanted", [(0, 1), (1, None), (2, 8)])
+def test_too_few_gpus(run, unread, monkeypatch, visible, wanted):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    args = ("--num-gpus", wanted) if wanted else ()
+    outcome = run(unread, unread / "tokenizer.model", *args)
+    assert_refused(outcome, rf"\b{wanted or 2}\b", rf"\b{visible} GPU", "CPU")
 
 
-# Files that are not there, or not what they should be
-
-
-def test_no_folder(run, tmp_path, v1):
-    assert_refused(run(tmp_path / "absent", v1, *CPU), "absent", "folder")
-
-
-def test_folder_without_checkpoint(run, unread):
-    (unread / "consolidated.00.pth").unlink()
-    outcome = run(unread, unread / "tokenizer.model", *CPU)
-    assert_refused(outcome, re.escape(str(unread)), "consolidated")
-
-
-def test_no_params(run, unread):
-    (unread / "params.json").unlink()
-    outcome = run(unread, unread / "tokenizer.model", *CPU)
-    assert_refused(outcome, "no params.json")
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{'dim': 16}", b"[16]", b"\xff\xfe{}", b'{"dim": 16'], ids=repr
-)
-def test_params_not_json(run, unread, content):
-    (unread / "params.json").write_bytes(content)
-    assert_refused(run(unread, unread / "tokenizer.model", *CPU), "params.json.*JSON")
-
-
-def change_params(folder: Path, **changes):
-    """Set keys of params.json, or with None remove them."""
-    params = json.loads((folder / "params.json").read_text()) | changes
-    params = {key: value for key, value in params.items() if value is not None}
-    (folder / "params.json").write_text(json.dumps(params))
-
-
-@pytest.mark.parametrize(
-    "key", ["dim", "n_layers", "hidden_dim", "n_heads", "norm_eps", "vocab_size"]
-)
-@pytest.mark.parametrize("value", [None, "16", -16, [16], {}], ids=repr)
-def test_params_without_a_usable_key(run, unread, key, value):
-    change_params(unread, **{key: value})
-    outcome = run(unread, unread / "tokenizer.model", *CPU)
-    assert_refused(outcome, "params.json", f"\\b{key}\\b")
-
-
-@pytest.mark.parametrize("moe", [None, {}, 8, {"num_experts": 8}], ids=repr)
-def test_params_of_another_model(run, unread, moe):
-    """A dense one, as Mistral 7B, has no "moe"."""
-    change_params(unread, moe=moe)
-    assert_refused(run(unread, unread / "tokenizer.model", *CPU), "params.json")
-
-
-@pytest.mark.parametrize("content", [None, b"", b"garbage" * 1000])
-def test_no_tokenizer(run, unread, content):
-    path = unread / "other.model"
-    if content is not None:
-        path.write_bytes(content)
-    assert_refused(run(unread, path, *CPU), "other.model")
-    assert_refused(run(unread, unread, *CPU), "tokenizer")  # the folder itself
-
-
-def test_another_models_tokenizer(run, unread, v3):
-    assert_refused(run(unread, v3, *CPU), r"\b32000\b", r"\b32768\b", "tokenizer")
-
-
-# Weights that are not what they should be
-
-
-@pytest.mark.parametrize("kept", [0, 1, 1000, 0.5, 0.999])
-def test_truncated_weights(run, copy, kept):
-    path = copy / "consolidated.00.pth"
-    content = path.read_bytes()
-    path.write_bytes(
-        content[: kept if isinstance(kept, int) else int(kept * len(content))]
-    )
-    outcome = run(copy, copy / "tokenizer.model", *CPU)
-    assert_refused(outcome, "consolidated.00.pth", "download")
-
-
-def test_garbage_weights(run, unread):
+def test_refusals_of_the_library(run, unread, v3):
+    """They arrive as one line; test_checkpoint.py has the rest of them."""
     outcome = run(unread, unread / "tokenizer.model", *CPU)
     assert_refused(outcome, "consolidated.00.pth", "download")
-
-
-def resave(folder: Path, change):
-    """Save what change() makes of the tensors."""
-    path = folder / "consolidated.00.pth"
-    torch.save(change(torch.load(path)), path)
+    outcome = run(unread, v3, "--prompt", "梦", *CPU)  # v3's last token
+    assert_refused(outcome, r"\b32000\b", r"\b32768\b", "tokenizer")
+    assert_refused(run(unread, unread, *CPU), "no tokenizer")
+    assert_refused(run(v3.parent / "absent", v3, *CPU), "absent", "folder")
 
 
 @pytest.mark.parametrize(
-    "change, names",
+    "args, experts",
     [
-        (lambda t: t.pop("norm.weight"), "norm.weight"),
-        (
-            lambda t: t.pop("layers.1.feed_forward.experts.7.w2.weight"),
-            "layers.1.feed_forward.experts.7.w2.weight",
-        ),
-        (lambda t: t.update({"extra.weight": torch.ones(1)}), "extra.weight"),
-        (
-            lambda t: t.update({"layers.2.ffn_norm.weight": torch.ones(16)}),
-            "layers.2.ffn_norm.weight",
-        ),
-        (lambda t: t.update({"norm.weight": torch.ones(17)}), "norm.weight.*17"),
-        (
-            lambda t: t.update({"output.weight": t["output.weight"].T.clone()}),
-            "output.weight.*16, 32000",
-        ),
-        (lambda t: t.update({"norm.weight": "sixteen ones"}), "norm.weight"),
+        ("--experts one two", True),
+        ("one two --experts", True),
+        ("one --experts --prompt=a.svg two", True),
+        ("one two --experts a.svg", "a.svg"),
+        ("--experts=./a.svg one two", "./a.svg"),
     ],
-    ids=["lacks one", "lacks a w2", "extra", "layer", "shape", "turned", "no tensor"],
 )
-def test_tensors_that_do_not_match(run, copy, change, names):
-    resave(copy, lambda tensors: (change(tensors), tensors)[1])
-    assert_refused(run(copy, copy / "tokenizer.model", *CPU), names)
+def test_value_of_experts(script, args, experts):
+    script = runpy.run_path(str(script))
+    arguments = script["normalize"](args.split())
+    (value,) = (a.partition("=")[2] for a in arguments if a.startswith("--experts="))
+    assert script["read"]("experts", value) == experts
+
+
+# How it ends
 
 
 @pytest.mark.parametrize(
-    "content", [[], {}, torch.ones(3), {"model": {"norm.weight": torch.ones(16)}}]
+    "error, code, err",
+    [
+        (KeyboardInterrupt(), 130, "\n"),
+        (RuntimeError("two\nlines"), 1, "error: two lines\n"),
+    ],
 )
-def test_another_kind_of_pickle(run, copy, content):
-    resave(copy, lambda tensors: content)
-    assert_refused(run(copy, copy / "tokenizer.model", *CPU), re.escape(str(copy)))
+def test_end_while_loading(run, checkpoint, monkeypatch, error, code, err):
+    def build(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(Mixtral, "build", build)
+    outcome = run(checkpoint, checkpoint / "tokenizer.model", *CPU)
+    assert outcome == (code, "", err)
 
 
-class Attack:
-    """Unpickling it writes a file."""
+def test_arguments_of_build(run, checkpoint, monkeypatch):
+    def build(*args, **kwargs):
+        raise ValueError(f"{args[2:]} {kwargs}")
 
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return exec, (f"open({str(self.path)!r}, 'w').close()",)
-
-
-@pytest.mark.parametrize("kind", ["beside", "alone", "old format", "bare pickle"])
-def test_pickle_that_runs_code(run, copy, tmp_path, kind):
-    path, written = copy / "consolidated.00.pth", tmp_path / "written"
-    tensors = torch.load(path)
-    attack = Attack(written)
-    if kind == "bare pickle":
-        path.write_bytes(pickle.dumps(attack))
-    elif kind == "old format":
-        content = {**tensors, "x": attack}
-        torch.save(content, path, _use_new_zipfile_serialization=False)
-    else:
-        torch.save(attack if kind == "alone" else {**tensors, "x": attack}, path)
-    assert_refused(run(copy, copy / "tokenizer.model", *CPU), "consolidated.00.pth")
-    assert not written.exists()
-    if kind == "bare pickle":
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
-    assert written.exists()  # an attack it was
-
-
-# As a program
-
-
-def test_refusal_as_a_program(script, checkpoint, tmp_path):
-    process = start(script, checkpoint, tmp_path / "absent.model", *CPU)
-    out, err = process.communicate(timeout=300)
-    assert_refused(Outcome(process.returncode, out, err), "absent.model")
+    monkeypatch.setattr(Mixtral, "build", build)
+    args = ("--cpu-layers", "3", "--int8", "--max-seq-len", "99", *CPU)
+    outcome = run(checkpoint, checkpoint / "tokenizer.model", *args)
+    assert_refused(outcome, r"\(99, 4, 0\) {'cpu_layers': 3, 'int8': True}")
 
 
 def test_interrupt(script, checkpoint):
     """Ctrl-C ends it quietly, with the code that shells give for it."""
     long = ("--max-seq-len", "200000", "--max-gen-len", "200000", "--temperature", "0")
-    # A program started where the signal is ignored would ignore it as well.
+    # A program started by one that ignores the signal would ignore it as well.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        process = start(script, checkpoint, checkpoint / "tokenizer.model", *CPU, *long)
+        process = start(script, checkpoint, checkpoint / "tokenizer.model", *long)
     finally:
         signal.signal(signal.SIGINT, before)
     try:
@@ -422,3 +345,28 @@ def test_interrupt(script, checkpoint):
         process.kill()
     assert process.returncode == 130
     assert out.strip() == "" and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "shell, code, printed",
+    [
+        ('"$@" --prompt é', 0, "\\xe9\n> "),  # to a terminal that has no é
+        ('"$@" --prompt é 2>&-', 0, "\\xe9\n> "),
+        ('"$@" --prompt é 2> >(exit)', 0, "\\xe9\n> "),
+        ('"$@" --prompt é >&-', 0, ""),
+        ('"$@" --prompt é >&- 2>&-', 0, ""),
+        ('"$@" --prompt é | exit; exit ${PIPESTATUS[0]}', 0, ""),
+        ('"$@" --stream | head -n 1; exit ${PIPESTATUS[0]}', 0, "Mistral.ai is"),
+        ('"$@" -h | exit; exit ${PIPESTATUS[0]}', 0, ""),
+        ('"$@" --prompt é >/dev/full', 1, ""),
+        ('"$@" --prompt 2>&-', 1, ""),
+        ('"$@" --prompt 2> >(exit)', 1, ""),
+    ],
+)
+def test_closed_outputs(script, checkpoint, shell, code, printed):
+    args = (script, checkpoint, checkpoint / "tokenizer.model", "--max-gen-len", "5")
+    process = start(*args, shell=shell, PYTHONIOENCODING="ascii", LC_ALL="C.UTF-8")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, err
+    assert out.startswith(printed) and bool(out) == bool(printed)
+    assert re.fullmatch(r"((Load|error: ).*\n)*", err), err
