@@ -5,7 +5,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import mistral_common
 import pytest
 import torch
 
@@ -43,24 +42,25 @@ def demo() -> Path:
 
 def published_tokenizer(name: str) -> Path:
     """A tokenizer of a published checkpoint: mistral-common ships them."""
+    mistral_common = pytest.importorskip("mistral_common")
     return Path(mistral_common.__file__).parent / "data" / name
 
 
 @pytest.fixture(scope="session")
 def v1() -> Path:
-    """8x7B's tokenizer."""
+    """The tokenizer of 8x7B."""
     return published_tokenizer("tokenizer.model.v1")
 
 
 @pytest.fixture(scope="session")
 def v3() -> Path:
-    """8x22B's tokenizer, of v0.3: it has 768 more pieces than 8x7B's."""
+    """The tokenizer of 8x22B v0.3: it has 768 more pieces than 8x7B's."""
     return published_tokenizer("mistral_instruct_tokenizer_240323.model.v3")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, v1) -> Path:
-    """A downloaded folder in every respect but the sizes and the weights' sense."""
+    """A downloaded folder whose model is tiny and whose weights are random."""
     from reference import random_transformer
 
     from mixtral import ModelArgs
@@ -70,15 +70,10 @@ def checkpoint(tmp_path_factory, v1) -> Path:
     sizes |= {"n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 32000}
     moe = {"num_experts_per_tok": 2, "num_experts": 8}
     args = ModelArgs(**sizes, **moe, max_seq_len=1, max_batch_size=1)
-    tensors = {
-        name: tensor.bfloat16()
-        for name, tensor in random_transformer(args).state_dict().items()
-    }
-    # Clones: a view is saved with the whole of the tensor that it is a part of.
-    torch.save(
-        {name: tensor.clone() for name, tensor in tensors.items()},
-        folder / "consolidated.00.pth",
-    )
+    state = random_transformer(args).state_dict()
+    # bfloat16() copies: a view would be saved with all of the tensor it is part of.
+    tensors = {name: tensor.bfloat16() for name, tensor in state.items()}
+    torch.save(tensors, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(sizes | {"moe": moe}))
     shutil.copy(v1, folder / "tokenizer.model")
     return folder

@@ -1,4 +1,6 @@
-"""The independent implementation that the tests compare with: transformers' Mixtral on the same weights."""
+"""What the tests compare with: transformers' Mixtral on the same weights."""
+
+import re
 
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -6,20 +8,22 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from mixtral import ModelArgs, Transformer
 
 RENAMED = {
-    "tok_embeddings": "model.embed_tokens",
-    "layers": "model.layers",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.w": "self_attn.",
-    "feed_forward.gate": "mlp.gate",
-    "output": "lm_head",
+    r"^tok_embeddings": "model.embed_tokens",
+    r"^layers": "model.layers",
+    r"^norm": "model.norm",
+    r"^output": "lm_head",
+    r"attention_norm": "input_layernorm",
+    r"ffn_norm": "post_attention_layernorm",
+    r"attention\.w([qkvo])": r"self_attn.\1_proj",
+    r"feed_forward\.gate": "mlp.gate",
 }
+W123 = ("w1", "w2", "w3")
 
 
 def random_transformer(
     args: ModelArgs, devices=("cpu",), dtype=torch.float32, seed: int = 0
 ) -> Transformer:
-    """A Transformer whose random weights give logits of about unit size and a gate that chooses clearly."""
+    """A model with random weights: its logits are about 1, its gates choose clearly."""
     model = Transformer(args, devices, dtype)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -35,7 +39,7 @@ def random_transformer(
 def to_transformers(
     args: ModelArgs, state: dict[str, torch.Tensor], dtype=torch.float32
 ) -> MixtralForCausalLM:
-    """transformers' model on layout A's tensors."""
+    """transformers' model with the torrent's tensors."""
     config = MixtralConfig(
         hidden_size=args.dim,
         intermediate_size=args.hidden_dim,
@@ -54,32 +58,28 @@ def to_transformers(
     for name, tensor in state.items():
         if ".experts." in name:
             continue
+        if re.search(r"\.w[qk]\.", name):  # rotary pairs: interleaved to halves
+            pairs = tensor.unflatten(0, (-1, args.head_dim // 2, 2))
+            tensor = pairs.transpose(1, 2).flatten(0, 2)
         for ours, theirs in RENAMED.items():
-            name = name.replace(ours, theirs)
-        if name.endswith(
-            ("self_attn.q.weight", "self_attn.k.weight")
-        ):  # pairs: interleaved -> halves
-            tensor = (
-                tensor.unflatten(0, (-1, args.head_dim // 2, 2))
-                .transpose(1, 2)
-                .flatten(0, 2)
-            )
-        for letter in "qkvo":
-            name = name.replace(f"self_attn.{letter}.", f"self_attn.{letter}_proj.")
-        hub["model.norm.weight" if name == "norm.weight" else name] = tensor
-    for layer in range(args.n_layers):
-        w1, w2, w3 = (
-            [
-                state[f"layers.{layer}.feed_forward.experts.{e}.{w}.weight"]
-                for e in range(args.num_experts)
-            ]
-            for w in ("w1", "w2", "w3")
-        )
-        experts = f"model.layers.{layer}.mlp.experts."
-        hub[experts + "gate_up_proj"] = torch.stack(
-            [torch.cat(pair) for pair in zip(w1, w3)]
-        )
-        hub[experts + "down_proj"] = torch.stack(w2)
+            name = re.sub(ours, theirs, name)
+        hub[name] = tensor
+    for n in range(args.n_layers):
+        experts = [
+            [state[f"layers.{n}.feed_forward.experts.{e}.{w}.weight"] for w in W123]
+            for e in range(args.num_experts)
+        ]
+        w1, w2, w3 = map(torch.stack, zip(*experts))
+        hub[f"model.layers.{n}.mlp.experts.gate_up_proj"] = torch.cat((w1, w3), dim=1)
+        hub[f"model.layers.{n}.mlp.experts.down_proj"] = w2
     model = MixtralForCausalLM(config).to(dtype)
     model.load_state_dict(hub, strict=True)
     return model.eval()
+
+
+def reference_logits(model: MixtralForCausalLM, tokens: list[int]) -> torch.Tensor:
+    """Logits after each token, float32 (len(tokens), vocab)."""
+    # A loop over experts: transformers' grouped products refuse odd sizes.
+    model.set_experts_implementation("eager")
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0].float()

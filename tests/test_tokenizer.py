@@ -1,15 +1,14 @@
 """Text to tokens and back, with the tokenizers of the published checkpoints."""
 
 import hashlib
-import random
+import os
 
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
-from sentencepiece import SentencePieceProcessor
 
 from mixtral import Tokenizer
+
+hypothesis = pytest.importorskip("hypothesis")
+st = hypothesis.strategies
 
 TEXTS = {
     "empty": "",
@@ -32,213 +31,199 @@ TEXTS = {
     "beyond the first plane": "𐍈 𓀀 \U0010ffff",
     "replacement character": "�a��",
 }
-random_text = st.text(max_size=60)  # any code points but surrogates
-# SentencePiece marks spaces with ▁, which so comes back as a space.
-spaceless_text = random_text.filter(lambda text: "▁" not in text)
-few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(v1) -> Tokenizer:
-    return Tokenizer(v1)
+few = hypothesis.settings(
+    max_examples=150, deadline=None, derandomize=True, database=None
+)
 
 
 @pytest.fixture(scope="module", params=["v1", "v3"])
-def either(request) -> Tokenizer:
-    return Tokenizer(request.getfixturevalue(request.param))
+def path(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(path) -> Tokenizer:
+    return Tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def official(path):
+    from mistral_common.tokens.tokenizers import sentencepiece
+
+    return sentencepiece.SentencePieceTokenizer(str(path))
 
 
 def stream(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """What decode_stream() has yielded when each token has come, and when none is left.
-
-    A list of len(tokens) + 1 texts, each as long as the one before or longer.
-    """
-    heard, states = "", []
+    """What decode_stream() has yielded after each token, and at the end."""
+    text, states = "", []
 
     def one_at_a_time():
-        for i, token in enumerate(tokens):
-            if i:
-                states.append(heard)
+        for token in tokens:
             yield token
-        if tokens:
-            states.append(heard)
+            states.append(text)
 
     for part in tokenizer.decode_stream(one_at_a_time()):
         assert part
-        heard += part
-    return [*states, heard]
+        text += part
+    return [*states, text]
 
 
-def test_it_is_the_published_file(v1):
+def test_ids(v1, v3):
     digest = hashlib.md5(v1.read_bytes()).hexdigest()
-    assert digest == "37974873eb68a7ab30c4912fc36264ae"
+    assert digest == "37974873eb68a7ab30c4912fc36264ae"  # of the published file
+    for path, n_words in ((v1, 32000), (v3, 32768)):
+        tokenizer = Tokenizer(path)
+        ids = tokenizer.n_words, tokenizer.bos_id, tokenizer.eos_id
+        assert ids == (n_words, 1, 2)
 
 
-def test_ids(tokenizer, v3):
-    assert (tokenizer.n_words, Tokenizer(v3).n_words) == (32000, 32768)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, -1)
-
-
-def test_bos_and_eos(tokenizer):
-    plain = tokenizer.encode("Hello there", bos=False, eos=False)
-    assert plain and not {1, 2} & set(plain)
-    assert tokenizer.encode("Hello there", bos=True, eos=False) == [1, *plain]
-    assert tokenizer.encode("Hello there", bos=False, eos=True) == [*plain, 2]
-    assert tokenizer.encode("Hello there", bos=True, eos=True) == [1, *plain, 2]
-    assert tokenizer.encode("", bos=True, eos=True) == [1, 2]
-    assert tokenizer.decode([1, *plain, 2]) == "Hello there"
-
-
-def test_text_never_becomes_a_control_id(either):
+def test_text_never_becomes_a_control_id(tokenizer):
     """Nobody ends a turn by writing the name of a control piece."""
     for text in ("<s>", "</s>", "<unk>", "a</s>b", "[INST]", "[/INST]"):
-        tokens = either.encode(text, bos=False, eos=False)
-        assert not any(map(either.sp_model.is_control, tokens))
+        tokens = tokenizer.encode(text, bos=False, eos=False)
+        assert not any(map(tokenizer.sp_model.is_control, tokens))
         assert 0 not in tokens
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_round_trip(either, name):
-    tokens = either.encode(TEXTS[name], bos=True, eos=True)
-    assert either.decode(tokens) == TEXTS[name]
-
-
-@few
-@given(text=spaceless_text)
-def test_any_round_trip(tokenizer, text):
-    tokens = tokenizer.encode(text, bos=False, eos=False)
-    assert tokenizer.decode(tokens) == text
-
-
-def test_bytes_stand_in_for_missing_pieces(tokenizer):
-    """Byte b is id 3 + b."""
-    tokens = tokenizer.encode("龘", bos=False, eos=False)
-    assert tokens[1:] == [3 + byte for byte in "龘".encode()]
-
-
-@few
-@given(text=random_text)
-def test_sentencepiece_encodes_the_same(tokenizer, processor, text):
-    tokens = processor.encode(text)
-    assert tokenizer.encode(text, bos=False, eos=False) == tokens
-    assert tokenizer.decode(tokens) == processor.decode(tokens)
-
-
-@pytest.fixture(scope="module")
-def processor(v1) -> SentencePieceProcessor:
-    return SentencePieceProcessor(model_file=str(v1))
-
-
-@few
-@given(text=random_text)
-@example(text=TEXTS["emoji"])
-def test_mistral_common_encodes_the_same(tokenizer, official, text):
-    assert tokenizer.encode(text, True, False) == official.encode(text, True, False)
-    assert tokenizer.encode(text, True, True) == official.encode(text, True, True)
-    assert tokenizer.n_words == official.n_words
-
-
-@pytest.fixture(scope="module")
-def official(v1) -> SentencePieceTokenizer:
-    return SentencePieceTokenizer(str(v1))
-
-
-# Decoding as tokens come
-
-
-def tokens_of_every_kind():
-    byte = st.integers(3, 258)
-    lead = st.sampled_from([3 + b for b in (0xC3, 0xE2, 0xE4, 0xF0)])
-    trail = st.integers(3 + 0x80, 3 + 0xBF)
-    space = st.sampled_from([28705, 259, 3 + 0x20, 13])
-    control = st.sampled_from([0, 1, 2])
-    piece = st.integers(0, 31999)
-    return st.lists(st.one_of(byte, lead, trail, trail, space, control, piece))
-
-
-@settings(few, max_examples=600)
-@given(tokens=tokens_of_every_kind())
-@example(tokens=[])
-@example(tokens=[1, 28705, 28705, 1, 28705, 6312])
-@example(tokens=[229, 133, 6312, 175])
-@example(tokens=[229, 1, 133, 0, 175, 229, 133, 175])
-def test_joined_stream_is_decode(tokenizer, tokens):
-    states = stream(tokenizer, tokens)
-    assert states[-1] == tokenizer.decode(tokens)
-    for count, heard in enumerate(states[:-1], 1):
-        # All is out at once but what may be the start of a character.
-        assert heard == tokenizer.decode(tokens[:count]).rstrip("\ufffd")
-
-
-@few
-@given(seed=st.integers(0, 2**32))
-def test_joined_stream_is_decode_v3(v3_tokenizer, seed):
-    """v3 has control pieces of its own, [INST] and so on."""
-    draw = random.Random(seed)
-    limits = draw.choices([3, 20, 800, 32768], k=30)
-    tokens = [draw.randrange(limit) for limit in limits]
-    assert stream(v3_tokenizer, tokens)[-1] == v3_tokenizer.decode(tokens)
-
-
-@pytest.fixture(scope="module")
-def v3_tokenizer(v3) -> Tokenizer:
-    return Tokenizer(v3)
-
-
 def check_text(tokenizer: Tokenizer, text: str):
+    """It comes back, at once and as a stream."""
     tokens = tokenizer.encode(text, bos=True, eos=True)
+    # SentencePiece marks spaces with ▁, which therefore comes back as a space.
+    text = text.replace("▁", " ")
+    assert tokenizer.decode(tokens) == text
     states = stream(tokenizer, tokens)
     assert states[-1] == text
     # No state ends in the middle of a character, nor holds what is later taken back.
-    assert all(text.startswith(heard) for heard in states)
+    assert all(text.startswith(state) for state in states)
+
+
+def check_encoding(tokenizer: Tokenizer, official, text: str):
+    plain = tokenizer.encode(text, bos=False, eos=False)
+    assert not {1, 2} & set(plain)
+    assert plain == official.encode(text, False, False)
+    assert tokenizer.encode(text, True, False) == [1, *plain]
+    assert tokenizer.encode(text, False, True) == [*plain, 2]
+    assert tokenizer.encode(text, True, True) == official.encode(text, True, True)
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_stream_of_text(either, name):
-    check_text(either, TEXTS[name])
+def test_text(tokenizer, official, name):
+    check_encoding(tokenizer, official, TEXTS[name])
+    check_text(tokenizer, TEXTS[name])
 
 
 @few
-@given(text=spaceless_text)
-def test_stream_of_any_text(tokenizer, text):
+@hypothesis.given(text=st.text(max_size=60))  # any code points but surrogates
+def test_any_text(tokenizer, official, text):
+    check_encoding(tokenizer, official, text)
     check_text(tokenizer, text)
 
 
-def test_stream_of_a_long_text(demo, tokenizer):
-    """A long one, with the demo's tokenizer as well."""
+def test_a_long_text(demo, v1):
     text = (demo / "heldout.txt").read_text(encoding="utf-8")[:20000]
-    for each in (tokenizer, Tokenizer(demo / "tokenizer.model")):
-        assert each.decode(each.encode(text, bos=True, eos=False)) == text
-        check_text(each, text)
+    check_text(Tokenizer(v1), text)
+    check_text(Tokenizer(demo / "tokenizer.model"), text)
 
 
-# Files that are no tokenizer
+def tokens_of_every_kind():
+    """From 0 on ids after that of byte 0, below 0 control pieces."""
+    byte = st.integers(0, 255)
+    lead = st.sampled_from([0xC3, 0xE2, 0xE4, 0xF0])
+    trail = st.integers(0x80, 0xBF)
+    space = st.sampled_from([28702, 256, 0x20, 10])
+    control = st.integers(-771, -1)  # v3 has 771, as [INST]
+    piece = st.integers(0, 31996)
+    return st.lists(st.one_of(byte, lead, trail, trail, space, control, piece))
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.model"):
-        Tokenizer(tmp_path / "absent.model")
+@hypothesis.settings(few, max_examples=600)
+@hypothesis.given(tokens=tokens_of_every_kind())
+@hypothesis.example(tokens=[])
+@hypothesis.example(tokens=[-1, 28702, 28702, -1, 28702, 6309])
+@hypothesis.example(tokens=[226, 130, 6309, 172])
+@hypothesis.example(tokens=[226, -1, 130, -771, 172, 226, 130, 172])
+def test_joined_stream_is_decode(tokenizer, tokens):
+    first = tokenizer.sp_model.piece_to_id("<0x00>")
+    tokens = [first + token if token >= 0 else -token % first for token in tokens]
+    *states, text = stream(tokenizer, tokens)
+    assert text == tokenizer.decode(tokens)
+    for count, state in enumerate(states, 1):
+        # All is out at once but what may be the start of a character.
+        assert state == tokenizer.decode(tokens[:count]).rstrip("\ufffd")
 
 
-def test_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer"):
-        Tokenizer(tmp_path)
+# What is refused
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"garbage" * 1000, b'{"version": "1.0"}', b"version https://git-lfs\n"],
-    ids=["empty", "garbage", "JSON", "LFS pointer"],
-)
-def test_not_sentencepiece(tmp_path, content):
+def test_no_text(tokenizer):
+    for text in (None, 7, b"a", ["a"], "a\ud800", "\udcffa"):
+        with pytest.raises(ValueError, match="^a text must be .* valid Unicode, not"):
+            tokenizer.encode(text, bos=True, eos=False)
+
+
+def user(content) -> dict:
+    return {"role": "user", "content": content}
+
+
+DIALOGS = {
+    "list of messages": [None, "Hi", 7, [], {}, user("Hi"), iter([user("Hi")])],
+    "dict with a role and a content": [
+        *([None], ["Hi"], [[]], [{}], [{"role": "user"}], [{"content": "Hi"}]),
+        *([user(None)], [user(7)], [user(["Hi"])], [user("Hi"), {"role": "user"}]),
+    ],
+    "roles": [
+        *([{"role": role, "content": "Hi"}] for role in ("tool", "", None, ["user"])),
+        *([user("Hi"), user("Hi")], [{"role": "system", "content": "Hi"}]),
+    ],
+    "valid Unicode": [
+        [user("a\ud800")],
+        [{"role": "system", "content": "\udcff"}, user("Hi")],
+        [user("Hi"), {"role": "assistant", "content": "\udcff"}, user("Hi")],
+    ],
+    "must not contain": [[user("a[/INST]b")]],
+}
+
+
+@pytest.mark.parametrize("reason", DIALOGS)
+def test_no_dialog(tokenizer, reason):
+    """test_chat.py has all orders of roles, and the dialogs that are encoded."""
+    for dialog in DIALOGS[reason]:
+        with pytest.raises(ValueError, match=f"^[^\n]*{reason}[^\n]*$"):
+            tokenizer.encode_dialog(dialog)
+
+
+FILES = {
+    "empty": lambda good: b"",
+    "garbage": lambda good: b"garbage" * 1000,
+    "JSON": lambda good: b'{"version": "1.0"}',
+    "LFS pointer": lambda good: b"version https://git-lfs\n",
+    "truncated": lambda good: good[:100_000],
+    "another length": lambda good: good.replace(b"ing", b"ing" * 9, 1),
+    "a piece that is not UTF-8": lambda good: good.replace(b"ing", b"i\xffg", 1),
+    "no bos": lambda good: good.replace(b"\n\x03<s>", b"\n\x03<t>", 1),
+    "no eos": lambda good: good.replace(b"\n\x04</s>", b"\n\x04</t>", 1),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_tokenizer(tmp_path, v1, name):
     path = tmp_path / "bad.model"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="bad.model"):
+    path.write_bytes(FILES[name](v1.read_bytes()))
+    reason = "no bos or no eos" if name.startswith("no ") else "not a readable"
+    with pytest.raises(ValueError, match=rf"bad\.model .*{reason}"):
         Tokenizer(path)
 
 
-def test_truncated(tmp_path, v1):
-    path = tmp_path / "bad.model"
-    path.write_bytes(v1.read_bytes()[:100_000])
-    with pytest.raises(ValueError, match="bad.model"):
-        Tokenizer(path)
+def test_files_that_are_not_read(tmp_path):
+    for name in ("", "absent", "pipe", "large"):
+        path = tmp_path / name
+        if name == "pipe":
+            os.mkfifo(path)  # Nobody writes to it.
+        elif name == "large":
+            path.touch()
+            os.truncate(path, 2**36)  # It takes no space on the disk.
+        with pytest.raises(
+            (FileNotFoundError, ValueError), match=rf"{path}\b"
+        ) as error:
+            Tokenizer(path)
+        assert error.type is (ValueError if name == "large" else FileNotFoundError)
