@@ -1,39 +1,44 @@
 """The decode kernels against plain PyTorch, and what the compiler makes of them.
 
-The comparisons run compiled where there is a CUDA GPU. Where there is none Triton
-interprets them on the CPU, in a process of their own: it decides once, when it is
-imported, whether to interpret.
+The comparisons run compiled if there is a CUDA GPU. Otherwise Triton interprets them on
+the CPU, in a process of their own: it decides once, when it is imported, whether to
+interpret.
 """
 
+import contextlib
+import functools
 import itertools
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from simulated import simulated_cuda
+
+from mixtral import ModelArgs, Transformer
+from mixtral.model import Span, apply_rotary_emb
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("mixtral.kernels")
+decode = pytest.importorskip("mixtral.decode")
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-skip_without_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU"
-)
 compiled = pytest.mark.skipif(INTERPRETED, reason="only compiled kernels")
-on_gpu = pytest.param("cuda", marks=[pytest.mark.cuda, skip_without_gpu])
+on_gpu = pytest.param("cuda", marks=pytest.mark.cuda)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of the largest value for the same token. The interpreter cuts a bfloat16 short where a
-# GPU rounds it: two units in the last place.
+# Of the largest value for the same token. The interpreter truncates to bfloat16, and a
+# GPU rounds: two units in the last place.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(params=["cpu" if INTERPRETED else on_gpu])
 def device(request):
-    """One that can run the kernels. What they should write and do not is NaN."""
+    """One that can run the kernels. New memory is filled with NaN."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.device(request.param):
@@ -50,105 +55,105 @@ def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(*shape).to(dtype)
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(
+    actual: torch.Tensor, expected: torch.Tensor, tolerance: float | None = None
+) -> None:
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    tolerance = TOLERANCE[actual.dtype]
+    tolerance = tolerance or TOLERANCE[actual.dtype]
     actual, expected = actual.float().flatten(1), expected.float().flatten(1)
     error, scale = (t.abs().amax(dim=1) for t in (actual - expected, expected))
     assert (error <= tolerance * scale).all()  # False for NaN
 
 
-def moe_twin(x, logits, w1, w2, w3, first_expert, top_k):
+def experts_twin(x, logits, w1, w2, w3, first, top_k, scales=None):
+    """In float32, but for the hidden numbers, which are rounded to x's type."""
     weights, selected = torch.topk(logits.float(), top_k)
     weights = weights.softmax(dim=-1)
     out = torch.zeros_like(x, dtype=torch.float32)
     for t, choice in itertools.product(range(len(x)), range(top_k)):
-        e = selected[t, choice].item() - first_expert
+        e = selected[t, choice].item() - first
         if 0 <= e < len(w1):
-            gate, up = (w[e].float() @ x[t].float() for w in (w1, w3))
-            hidden = (F.silu(gate) * up).type_as(x).float()
-            out[t] += weights[t, choice] * (w2[e].float() @ hidden)
-    return out.type_as(x)
-
-
-def rope_twin(x, freqs_cis):
-    """x (T, heads, head_dim), freqs_cis (T, head_dim / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * freqs_cis[:, None]).flatten(-2).type_as(x)
+            gate, down, up = (
+                w[e].float() * (s[e, :, None].float() if scales else 1)
+                for w, s in zip((w1, w2, w3), scales or (w1, w2, w3))
+            )
+            hidden = F.silu(gate @ x[t].float()) * (up @ x[t].float())
+            out[t] += weights[t, choice] * (down @ hidden.type_as(x).float())
+    return out
 
 
 def attention_twin(q, cache_k, cache_v, rows, positions):
-    n_rep = q.shape[1] // cache_k.shape[2]
-    out = torch.empty_like(q)
-    for t, (row, position) in enumerate(zip(rows.tolist(), positions.tolist())):
-        k, v = (
-            c[row, : position + 1].float().repeat_interleave(n_rep, dim=1)
-            for c in (cache_k, cache_v)
+    out = []
+    for x, row, position in zip(q.float(), rows.tolist(), positions.tolist()):
+        kv = (
+            c[row, : position + 1].float().transpose(0, 1) for c in (cache_k, cache_v)
         )
-        scores = torch.einsum("hd,shd->hs", q[t].float(), k) * q.shape[2] ** -0.5
-        out[t] = torch.einsum("hs,shd->hd", scores.softmax(dim=-1), v).type_as(q)
-    return out
+        x = x.unflatten(0, (cache_k.shape[2], -1))  # the heads of a key head
+        out.append(F.scaled_dot_product_attention(x, *kv).flatten())
+    return torch.stack(out).type_as(q)
 
 
 def distinct_logits(T: int, E: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.rand(T, E).argsort(dim=1) * 0.25).to(dtype)
 
 
-def moe_case(T, dim, hidden, E, n, dtype):
-    """x and distinct logits, slices of one tensor; weights, slices of larger stacks."""
-    packed = randn(T, dim + E, dtype=dtype)
-    packed[:, dim:] = distinct_logits(T, E, dtype)
-    w13 = randn(n, 2, hidden, dim, dtype=dtype) * dim**-0.5
-    w2 = randn(n, dim + 1, hidden, dtype=dtype)[:, :dim] * hidden**-0.5
-    return (*packed.split((dim, E), dim=1), w13[:, 0], w2, w13[:, 1])
+def random_experts(T, dim, hidden, E, n, dtype, int8) -> dict:
+    """Arguments of kernels.experts, but for first and top_k; the logits differ."""
+    case = {"x": randn(T, dim, dtype=dtype), "logits": distinct_logits(T, E, dtype)}
+    shapes = (n, hidden, dim), (n, dim, hidden), (n, hidden, dim)
+    for name, shape in zip(("w1", "w2", "w3"), shapes):
+        case[name] = randn(*shape, dtype=dtype) * shape[2] ** -0.5
+        if int8:
+            case[name] = torch.randint(-127, 128, shape, dtype=torch.int8)
+    if int8:
+        scales = [(0.5 + torch.rand(s[:2])) * s[2] ** -0.5 / 73 for s in shapes]
+        case["scales"] = [scale.to(dtype) for scale in scales]
+    return case
 
 
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     "T, dim, hidden, E, top_k, first, n",
     [
         (1, 64, 24, 8, 2, 0, 8),
         (3, 50, 9, 8, 2, 2, 4),  # half the experts held; sizes that no tile divides
         (2, 17, 12, 5, 3, 4, 1),
+        (2, 16, 8, 5, 3, 5, 1),  # none of the chosen experts held
         (1, 24, 8, 4, 4, 0, 4),  # every expert chosen
         (2, 16, 8, 64, 1, 16, 32),
-        (1, 520, 4, 2, 1, 0, 2),  # more than a block of float32 along dim
+        (1, 520, 4, 2, 1, 0, 2),  # more than a block of 1 warp along dim
     ],
 )
-def test_moe_decode(device, dtype, T, dim, hidden, E, top_k, first, n):
-    x, logits, w1, w2, w3 = moe_case(T, dim, hidden, E, n, dtype)
-    chosen = set(torch.topk(logits.float(), top_k).indices.flatten().tolist())
+def test_experts(
+    device, dtype, monkeypatch, int8, T, dim, hidden, E, top_k, first, n
+):  # fmt: skip
+    monkeypatch.setattr(kernels, "WARPS", 1)
+    case = random_experts(T, dim, hidden, E, n, dtype, int8)
+    case |= {"first": first, "top_k": top_k}
+    expected = experts_twin(**case)
+    chosen = set(torch.topk(case["logits"].float(), top_k).indices.flatten().tolist())
     for e in set(range(n)) - {c - first for c in chosen}:
-        w1[e] = w2[e] = w3[e] = torch.nan  # what nobody chose is not read
-    out = kernels.moe_decode(x, logits, w1, w2, w3, first, top_k)
-    assert_close(out, moe_twin(x, logits, w1, w2, w3, first, top_k))
+        for tensor in case.get("scales", (case["w1"], case["w2"], case["w3"])):
+            tensor[e] = torch.nan  # what nobody chose is not read
+    out = kernels.experts(**case)
+    assert_close(out, expected.to(dtype))
+    residual, wide = randn(T, dim, dtype=dtype), torch.empty(T, dim)
+    assert kernels.experts(**case, residual=residual, out=wide) is wide
+    assert_close(wide, expected + residual.float(), TOLERANCE[dtype])
+    if dtype != torch.float32 and expected.any():
+        assert (wide != wide.to(dtype)).any()  # out is not rounded to x's type
     if T > 1:  # a token's sum does not depend on what else is in the batch
-        alone = kernels.moe_decode(x[-1:], logits[-1:], w1, w2, w3, first, top_k)
-        assert torch.equal(alone, out[-1:])
+        case |= {name: case[name][-1:] for name in ("x", "logits")}
+        assert torch.equal(kernels.experts(**case), out[-1:])
 
 
-def test_moe_decode_adds_a_residual(device, dtype):
-    x, logits, w1, w2, w3 = moe_case(2, 16, 8, 4, 2, dtype)
-    residual = randn(2, 16, dtype=dtype)
-    out, added = (
-        kernels.moe_decode(x, logits, w1, w2, w3, 0, 2, r) for r in (None, residual)
-    )
-    assert_close(added, out + residual)
-
-
-def test_moe_decode_without_the_chosen_experts_is_zero(device, dtype):
-    x, _, w1, w2, w3 = moe_case(2, 32, 32, 8, 3, dtype)
-    logits = torch.arange(8).repeat(2, 1).to(dtype)  # chooses 7 and 6
-    assert torch.equal(
-        kernels.moe_decode(x, logits, w1, w2, w3, 3, 2), torch.zeros_like(x)
-    )
-
-
-def test_moe_decode_equal_logits_choose_the_lower_ids(device):
-    x, _, w1, w2, w3 = moe_case(1, 32, 32, 8, 8, torch.float32)
+def test_experts_equal_logits_choose_the_lower_ids(device):
+    case = random_experts(1, 32, 32, 8, 8, torch.float32, int8=False)
     tied = torch.tensor([[0.0, 1, 1, 2, 1, 1, 0, 1]])
     clear = torch.tensor([[0.0, 1, 0, 2, 0, 0, 0, 0]])
     out, expected = (
-        kernels.moe_decode(x, logits, w1, w2, w3, 0, 2) for logits in (tied, clear)
+        kernels.experts(**case | {"logits": logits}, first=0, top_k=2)
+        for logits in (tied, clear)
     )
     assert torch.equal(out, expected)
 
@@ -156,11 +161,11 @@ def test_moe_decode_equal_logits_choose_the_lower_ids(device):
 @pytest.mark.parametrize(
     "T, k, m", [(1, 64, 24), (3, 100, 13), (1, 1500, 6), (1, 2048, 5)]
 )
-def test_linear_decode(device, dtype, T, k, m):
-    x, weight = randn(T, k + 3, dtype=dtype)[:, :k], randn(m, k, dtype=dtype)
+def test_linear(device, dtype, T, k, m):
+    x, weight = randn(T, k, dtype=dtype), randn(m, k, dtype=dtype)
     residual, product = randn(T, m, dtype=dtype), x.float() @ weight.float().T
-    assert_close(kernels.linear_decode(x, weight), product.to(dtype))
-    out = kernels.linear_decode(x, weight, residual)
+    assert_close(kernels.linear(x, weight), product.to(dtype))
+    out = kernels.linear(x, weight, residual)
     assert_close(out, (product + residual.float()).to(dtype))
 
 
@@ -170,42 +175,35 @@ def test_linear_decode(device, dtype, T, k, m):
 def test_rope_and_cache(device, dtype, n_heads, n_kv_heads, head_dim):
     heads = (n_heads, n_kv_heads, n_kv_heads)
     rows, positions = torch.tensor([4, 0, 2]), torch.tensor([0, 10, 6])
-    xq, xk, xv = randn(3, sum(heads), head_dim, dtype=dtype).split(heads, dim=1)
+    qkv = randn(3, sum(heads) * head_dim, dtype=dtype)
+    xq, xk, xv = qkv.view(3, -1, head_dim).split(heads, dim=1)
     angles = 9 * torch.rand(11, head_dim // 2)
     freqs_cis = torch.polar(torch.ones_like(angles), angles)
     cache_k, cache_v = (randn(5, 11, n_kv_heads, head_dim, dtype=dtype) for _ in "kv")
     expected_k, expected_v = cache_k.clone(), cache_v.clone()
-    expected_k[rows, positions] = rope_twin(xk, freqs_cis[positions])
+    expected_k[rows, positions] = apply_rotary_emb(xk, freqs_cis[positions, None])
     expected_v[rows, positions] = xv
-    q = kernels.rope_and_cache(xq, xk, xv, freqs_cis, cache_k, cache_v, rows, positions)
-    assert_close(q, rope_twin(xq, freqs_cis[positions]))
-    assert q.is_contiguous() and torch.equal(cache_v, expected_v)
+    q = kernels.rope_and_cache(qkv, freqs_cis, cache_k, cache_v, rows, positions)
+    assert_close(q, apply_rotary_emb(xq, freqs_cis[positions, None]))
+    assert torch.equal(cache_v, expected_v)
     assert_close(cache_k[rows, positions], expected_k[rows, positions])
     cache_k[rows, positions] = expected_k[rows, positions]
     assert torch.equal(cache_k, expected_k)  # every other slot is as it was
 
 
 @pytest.mark.parametrize(
-    "n_heads, n_kv_heads, head_dim, positions, multiprocessors",
+    "sizes, positions, multiprocessors",
     [
-        (8, 2, 128, (0, 99, 31), 8),  # a block ends at 31, the cache at 99
-        (3, 1, 24, (5, 64), 8),
-        (6, 1, 8, (70,), 1),
-        (2, 2, 256, (15, 16), 1),
-        (18, 1, 16, (98,), 132),
+        ((8, 2, 128), (0, 99, 31), 8),  # a block ends at 31, the cache at 99
+        ((3, 1, 24), (5, 64), 8),
+        ((6, 1, 8), (70,), 1),
+        ((2, 2, 256), (15, 16), 1),
+        ((18, 1, 16), (98,), 132),
     ],
 )
-def test_decode_attention(
-    device,
-    dtype,
-    monkeypatch,
-    n_heads,
-    n_kv_heads,
-    head_dim,
-    positions,
-    multiprocessors,
-):
+def test_attention(device, dtype, monkeypatch, sizes, positions, multiprocessors):
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: multiprocessors)
+    n_heads, n_kv_heads, head_dim = sizes
     q = randn(len(positions), n_heads, head_dim, dtype=dtype)
     cache_k, cache_v = (randn(4, 100, n_kv_heads, head_dim, dtype=dtype) for _ in "kv")
     rows, positions = torch.tensor([3, 0, 2])[: len(positions)], torch.tensor(positions)
@@ -213,33 +211,75 @@ def test_decode_attention(
         cache_k[row, position + 1 :] = torch.nan  # not written yet
         cache_v[row, position + 1 :] = torch.nan
     expected = attention_twin(q, cache_k, cache_v, rows, positions)
-    out = kernels.decode_attention(q, cache_k, cache_v, rows, positions)
+    out = kernels.attention(q, cache_k, cache_v, rows, positions)
     assert_close(out, expected)
 
 
-def test_decode_attention_with_far_apart_scores(device):
+def test_attention_with_far_apart_scores(device):
     """Scores far below another split's neither overflow nor count."""
     q, cache_v = torch.ones(1, 2, 16), torch.zeros(1, 96, 1, 16)
     cache_k = torch.full_like(cache_v, -1000.0)
     cache_k[0, 40], cache_v[0, 40] = 1000.0, 7.0
     rows, positions = torch.tensor([0]), torch.tensor([95])
-    out = kernels.decode_attention(q, cache_k, cache_v, rows, positions)
-    assert torch.equal(out, torch.full_like(q, 7.0))
+    out = kernels.attention(q, cache_k, cache_v, rows, positions)
+    assert torch.equal(out, torch.full((1, 32), 7.0))
 
 
-def test_a_tensor_that_is_not_dense_is_refused(device):
-    with pytest.raises(ValueError, match="not dense"):
-        kernels.linear_decode(torch.zeros(1, 8), torch.zeros(8, 4).T)
+def launch_unwrapped(kernel, grid, *args, launch=kernels.launch, **meta):
+    """Launch on simulated devices, if a GPU could; on the tensors without labels."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    current = torch.device("cuda", torch.cuda.current_device())
+    assert {tensor.device for tensor in tensors} == {current}
+    assert not any(tensor.data_ptr() % 16 for tensor in tensors)  # as compiled
+    launch(kernel, grid, *(getattr(arg, "inner", arg) for arg in args), **meta)
+
+
+@pytest.mark.parametrize(
+    "n_devices, cpu_layers, int8",
+    [(1, 0, 0), (2, 0, 0), (4, 0, 0), (2, 1, 0), (1, 0, 1), (4, 0, 1), (1, 1, 1)],
+)
+@torch.inference_mode()
+def test_assembled_step(device, monkeypatch, n_devices, cpu_layers, int8):
+    """decode.py's step equals model.py's, in its logits and in the caches."""
+    args = ModelArgs(16, 2, 4, 20, 6, 2, vocab_size=20, max_seq_len=48)
+    inputs = torch.tensor([[7, 19, 0], [2, 0, 1], [0, 40, 9]], device="cpu")
+    spans = [Span(row, position, 1) for row, position in inputs[1:].T.tolist()]
+    places = ["cuda:0"] * n_devices
+    with contextlib.ExitStack() as stack:
+        if device == "cpu":
+            monkeypatch.setattr(kernels, "launch", launch_unwrapped)
+            monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 8)
+            stack.enter_context(simulated_cuda(n_devices))
+            places = [f"cuda:{i}" for i in range(n_devices)]
+        model = Transformer(args, ["cpu"], torch.float32, int8=int8)
+        fast = Transformer(args, places, torch.float32, cpu_layers, int8)
+        ours, theirs = (
+            dict(m.named_parameters()) | dict(m.named_buffers()) for m in (model, fast)
+        )
+        for name, tensor in ours.items():
+            if tensor.dtype == torch.int8:
+                tensor.random_(-127, 128)
+            elif tensor.dtype == torch.float32:
+                std = tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else 1
+                tensor.normal_(std=0.003 if name.endswith("scale") else std)
+            for row, position, _ in spans if "cache" in name else ():
+                tensor[row, position:] = torch.nan  # not written yet
+            theirs[name].copy_(tensor)
+        inputs, run = F.pad(inputs, (0, 13)), decode.Launch(fast.devices)
+        inputs = inputs.to(places[0])[:, :3]
+        with run.open:
+            logits = decode.step(run, fast, inputs, decode.Room(3, fast)).cpu()
+        assert_close(logits, model.forward_packed(inputs[0].cpu(), spans))
+        close = functools.partial(torch.allclose, rtol=0, atol=1e-5, equal_nan=True)
+        assert all(close(t, theirs[name].cpu()) for name, t in ours.items())
 
 
 @compiled
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run compiled")
 def test_interpreted_on_the_cpu():
     """Run the tests above, on the `cpu` device, where Triton was told to interpret."""
-    env = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
+    paths = os.pathsep.join(filter(None, sys.path))
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
@@ -249,83 +289,83 @@ def test_interpreted_on_the_cpu():
 MODELS = {"8x7B": (4096, 14336, 32), "8x22B": (6144, 16384, 48)}
 
 
-def layer(model: str, dtype: torch.dtype, T: int = 1):
-    """Arguments, of the real sizes, of each wrapper that a layer calls."""
-    dim, hidden_dim, n_heads = MODELS[model]
-    x, logits = torch.randn(T, dim, dtype=dtype), distinct_logits(T, 8, dtype)
-    shapes = (hidden_dim, dim), (dim, hidden_dim), (hidden_dim, dim)
-    experts = [torch.randn(8, *shape, dtype=dtype) for shape in shapes]
-    wqkv = torch.randn((n_heads + 16) * 128, dim, dtype=dtype)
-    qkv = torch.randn(T, n_heads + 16, 128, dtype=dtype)
-    q, k, v = qkv.split((n_heads, 8, 8), dim=1)
-    freqs_cis = torch.randn(32768, 64, dtype=torch.complex64)
-    caches = [torch.randn(4, 32768, 8, 128, dtype=dtype) for _ in "kv"]
-    cache = (*caches, torch.arange(T), torch.arange(T))  # rows, positions
+def random_layer(model: str, dtype: torch.dtype, int8=False, T=1) -> SimpleNamespace:
+    """The tensors of a layer of the real sizes, for T tokens."""
+    dim, hidden, n_heads = MODELS[model]
+    experts = random_experts(T, dim, hidden, 8, 8, dtype, int8)
+    qkv = randn(T, (n_heads + 16) * 128, dtype=dtype)
+    cache_k, cache_v = (randn(T, 32768, 8, 128, dtype=dtype) for _ in "kv")
+    return SimpleNamespace(
+        x=experts["x"], experts=experts | {"first": 0, "top_k": 2}, qkv=qkv,
+        wqkv=randn(qkv.shape[1], dim, dtype=dtype) * dim**-0.5,
+        gate=randn(8, dim, dtype=dtype) * dim**-0.5,
+        q=randn(T, n_heads, 128, dtype=dtype),
+        freqs_cis=torch.randn(32768, 64, dtype=torch.complex64),
+        cache=(cache_k, cache_v, torch.arange(T), torch.arange(T)),
+    )  # fmt: skip
+
+
+def run_layer(has: SimpleNamespace) -> dict[str, torch.Tensor]:
     return {
-        kernels.moe_decode: (x, logits, *experts, 0, 2),
-        kernels.linear_decode: (x, wqkv),
-        kernels.rope_and_cache: (q, k, v, freqs_cis, *cache),
-        kernels.decode_attention: (q.contiguous(), *cache),
+        "qkv": kernels.linear(has.x, has.wqkv),
+        "gate": kernels.linear(has.x, has.gate),
+        "experts": kernels.experts(**has.experts),
+        "rope": kernels.rope_and_cache(has.qkv, has.freqs_cis, *has.cache),
+        "attention": kernels.attention(has.q, *has.cache),
     }
 
 
-def launches(monkeypatch, model: str, dtype: torch.dtype) -> dict[str, tuple]:
-    """(kernel, grid, args, meta) of each of a layer's launches, by the kernel's name.
+def launches(monkeypatch, *args) -> list[tuple]:
+    """(kernel, grid, args, meta) of the launches of run_layer(random_layer(*args)).
 
     The tensors have no memory, and nothing runs.
     """
-    calls = {}
+    calls = []
 
     def record(kernel, grid, *args, **meta):
-        assert kernel.__name__ not in calls
-        calls[kernel.__name__] = (kernel, grid, args, meta)
+        calls.append((kernel, grid, args, meta))
 
-    monkeypatch.setattr(kernels, "_launch", record)
+    monkeypatch.setattr(kernels, "launch", record)
     with torch.device("meta"):
-        for wrapper, args in layer(model, dtype).items():
-            wrapper(*args)
+        run_layer(random_layer(*args))
     return calls
 
 
-def compile_launch(kernel, args, meta, capability: int):
-    """What Triton would compile at this launch, for a GPU that need not be here."""
-    sizes = {k: v for k, v in meta.items() if k in kernel.arg_names}
-    options = {k: v for k, v in meta.items() if k not in sizes}
-    values = dict(zip(kernel.arg_names, args)) | sizes
-    types = dict(zip(DTYPES, ("*fp32", "*fp16", "*bf16"))) | {torch.int64: "*i64"}
-    aligned = [["tt.divisibility", 16]]
+def specialised(kernel, args, meta) -> tuple[dict, dict, dict, dict]:
+    """What Triton compiles for: types, constants, multiples of 16, and options."""
+    options = {k: v for k, v in meta.items() if k not in kernel.arg_names}
+    options["enable_fp_fusion"] = True
+    values = dict(zip(kernel.arg_names, args)) | meta
+    types = dict(zip(DTYPES, ("*fp32", "*fp16", "*bf16")))
+    types |= {torch.int8: "*i8", torch.int64: "*i64", int: "i32", float: "fp32"}
     signature, constants, attributes = {}, {}, {}
     for i, param in enumerate(kernel.params):
-        value = values[param.name]
-        special = value is None or (
-            type(value) is int and value == 1 and not param.do_not_specialize
-        )
-        if param.is_constexpr or special:
-            signature[param.name], constants[param.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[param.name], attributes[(i,)] = types[value.dtype], aligned
-        elif isinstance(value, float):
-            signature[param.name] = "fp32"
-        else:
-            signature[param.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0 and not param.do_not_specialize:
-                attributes[(i,)] = aligned
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target, options | {"enable_fp_fusion": True})
+        name, value = param.name, values[param.name]
+        number = type(value) is int and not param.do_not_specialize
+        if param.is_constexpr or value is None or (number and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = types[getattr(value, "dtype", type(value))]
+        if isinstance(value, torch.Tensor) or (number and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes, options
 
 
 @compiled
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("model", MODELS)
-def test_launches_of_a_layer(monkeypatch, model, dtype):
-    calls = launches(monkeypatch, model, dtype)
-    assert len(calls) == 6
-    for name in ("_moe_up", "_moe_down", "_linear"):
-        _, grid, _, _ = calls[name]
-        assert torch.Size(grid).numel() > 3 * 132  # multiprocessors, at batch 1
-    for _, grid, _, _ in calls.values():
-        assert max(grid[1:]) < 65536  # CUDA's limit, but for the first axis
+def test_launches_of_a_layer(monkeypatch, model, dtype, int8):
+    compiled = []
+    for T in decode.ROWS:
+        calls = launches(monkeypatch, model, dtype, int8, T)
+        compiled.append([specialised(kernel, *rest) for kernel, _, *rest in calls])
+        assert all(max(grid[1:]) < 65536 for _, grid, _, _ in calls)  # CUDA's limit
+    # No kernel is compiled anew for another number of rows.
+    assert len(compiled[0]) == 7 and compiled.count(compiled[0]) == len(compiled)
+    qkv, _, up, down, *_ = launches(monkeypatch, model, dtype, int8)
+    for _, grid, _, _ in (qkv, up, down):
+        assert torch.Size(grid).numel() > 3 * 132  # multiprocessors
 
 
 # Bytes of shared memory that one program may take, by compute capability.
@@ -333,21 +373,24 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 @compiled
+@pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(
     "model, capability, dtype",
     [(model, capability, torch.bfloat16) for model in MODELS for capability in SHARED]
     + [("8x7B", 80, torch.float16), ("8x7B", 80, torch.float32)],
 )
-def test_compiled_for_real_sizes(monkeypatch, tmp_path, model, capability, dtype):
-    for name, (kernel, _, args, meta) in launches(monkeypatch, model, dtype).items():
-        result = compile_launch(kernel, args, meta, capability)
-        cubin = tmp_path / f"{name}.cubin"
+def test_compiled_for_real_sizes(monkeypatch, tmp_path, model, capability, dtype, int8):
+    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+    for kernel, _, args, meta in launches(monkeypatch, model, dtype, int8):
+        *source, options = specialised(kernel, args, meta)
+        source = triton.compiler.ASTSource(kernel, *source)
+        result = triton.compile(source, target, options)
+        name, cubin = kernel.__name__, tmp_path / "cubin"
         cubin.write_bytes(result.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin]
         usage = subprocess.check_output(command, text=True)
         usage = dict(re.findall(r"\b([A-Z]+):(\d+)", usage))
-        registers = int(usage["REG"])
-        shared = result.metadata.shared
+        registers, shared = int(usage["REG"]), result.metadata.shared
         print(f"{name:16} {registers:3} registers, {shared:6} bytes of shared memory")
         assert usage["STACK"] == usage["LOCAL"] == "0", f"{name} spills"
         assert 4 * 32 * meta["num_warps"] * registers <= 65536, f"{name}: not 4 at once"
@@ -358,54 +401,36 @@ def test_compiled_for_real_sizes(monkeypatch, tmp_path, model, capability, dtype
             assert not re.search(r"ld\.global\S*evict_first", result.asm["ptx"])
 
 
-@pytest.fixture
-def real_layer():
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        calls = layer("8x7B", torch.bfloat16, T=3)
-        for w in calls[kernels.moe_decode][2:5]:
-            w *= w.shape[-1] ** -0.5
-        yield calls
-
-
-def check_real_layer(calls):
-    out = {wrapper: wrapper(*args) for wrapper, args in calls.items()}
-    assert_close(out[kernels.moe_decode], moe_twin(*calls[kernels.moe_decode]))
-    x, weight = calls[kernels.linear_decode]
-    assert_close(out[kernels.linear_decode], F.linear(x, weight))
-    q, k, v, freqs_cis, *cache = calls[kernels.rope_and_cache]
-    cache_k, cache_v, rows, positions = cache
-    assert_close(out[kernels.rope_and_cache], rope_twin(q, freqs_cis[positions]))
-    assert_close(cache_k[rows, positions], rope_twin(k, freqs_cis[positions]))
+def check_layer(has: SimpleNamespace) -> dict[str, torch.Tensor]:
+    out = run_layer(has)
+    assert_close(out["qkv"], F.linear(has.x, has.wqkv))
+    assert_close(out["gate"], F.linear(has.x, has.gate))
+    assert_close(out["experts"], experts_twin(**has.experts).bfloat16())
+    cache_k, cache_v, rows, positions = has.cache
+    heads = has.q.shape[1], 8, 8
+    q, k, v = has.qkv.view(len(has.x), -1, 128).split(heads, dim=1)
+    freqs_cis = has.freqs_cis[positions, None]
+    assert_close(out["rope"], apply_rotary_emb(q, freqs_cis))
+    assert_close(cache_k[rows, positions], apply_rotary_emb(k, freqs_cis))
     assert torch.equal(cache_v[rows, positions], v)
-    q = calls[kernels.decode_attention][0]
-    assert_close(out[kernels.decode_attention], attention_twin(q, *cache))
+    assert_close(out["attention"], attention_twin(has.q, *has.cache))
     return out
 
 
 @compiled
-@pytest.mark.cuda
-@skip_without_gpu
-@pytest.mark.parametrize("positions", [(0, 61, 122), (32767, 4095, 1)])
-def test_real_sizes(real_layer, positions):
-    real_layer[kernels.rope_and_cache][7].copy_(torch.tensor(positions))
-    check_real_layer(real_layer)
-
-
-@compiled
-@pytest.mark.cuda
-@skip_without_gpu
-def test_captured_in_a_cuda_graph(real_layer):
+@pytest.mark.parametrize("int8", [False, True])
+def test_captured_in_a_cuda_graph(device, int8):
     """A captured step follows new tokens at new positions: the host decided nothing."""
-    check_real_layer(real_layer)  # compiles
+    real_layer = random_layer("8x7B", torch.bfloat16, int8, T=3)
+    check_layer(real_layer)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = {wrapper: wrapper(*args) for wrapper, args in real_layer.items()}
+        out = run_layer(real_layer)
     for positions in ((7, 20000, 300), (32767, 0, 64)):
-        real_layer[kernels.rope_and_cache][7].copy_(torch.tensor(positions))
-        real_layer[kernels.moe_decode][0].normal_()
-        real_layer[kernels.moe_decode][1].copy_(distinct_logits(3, 8, torch.bfloat16))
+        real_layer.cache[3].copy_(torch.tensor(positions))
+        real_layer.x.normal_()
+        real_layer.experts["logits"].copy_(distinct_logits(3, 8, torch.bfloat16))
         graph.replay()
-        replayed = {wrapper: x.clone() for wrapper, x in out.items()}
-        for wrapper, expected in check_real_layer(real_layer).items():
-            assert torch.equal(replayed[wrapper], expected)
+        replayed = {name: x.clone() for name, x in out.items()}
+        for name, expected in check_layer(real_layer).items():
+            assert torch.equal(replayed[name], expected)
