@@ -1,18 +1,21 @@
 """How fast Mixtral is, beside the machine's own ceilings and beside other programs.
 
     python tests/benchmark.py [run] [--size mid] [--vs transformers,llama.cpp]
-    python tests/benchmark.py load | start | ragged | long
+    python tests/benchmark.py load | long
 
-Weights are random: what a step costs depends on them only through the experts that its
-tokens choose, and these are counted. What is compared runs in turn, A B A B, and is
-compared pair by pair: a machine's speed drifts. Figures are medians (least-greatest).
+Weights are random: the cost of a step depends on them only through the experts that its
+tokens choose, and these are counted. Programs that are compared run in turn, A B A B,
+and are compared pair by pair, because a machine's speed drifts. Figures are medians
+(least-greatest). A floor is the time in which the device moves the bytes and does the
+operations that a case needs, at the rates measured in the same round.
 """
 
+import argparse
 import contextlib
 import gc
+import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,20 +24,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
-from json import dumps, loads
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
-import fire
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # it runs without the package being installed
+
+import peers
 
 from mixtral import Mixtral, ModelArgs, Transformer
 from mixtral.checkpoint import load_checkpoint, read_params
@@ -45,54 +47,45 @@ SIZES = {
     "mid": ModelArgs(1024, 8, 128, 3584, 8, 2, vocab_size=32000),
     "8x7b": ModelArgs(),
 }
-PACKAGES = {"transformers": ["transformers"], "llama.cpp": ["llama_cpp", "gguf"]}
+# GB/s of a card's memory according to its data sheet.
+SHEETS = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}
+SHEETS |= {"NVIDIA A100-SXM4-80GB": 2040, "NVIDIA A100-SXM4-40GB": 1560}
 Work = Callable[[], object]
-
-
-def log(*words: object) -> None:
-    print(*words, file=sys.stderr, flush=True)
-
-
-def listed(value: object) -> list:
-    """An option's values, which fire makes one value, a tuple, or a string with commas."""
-    if isinstance(value, str):
-        return [part for part in value.split(",") if part]
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+Contender = "Ours | peers.Transformers | peers.LlamaCpp"
 
 
 def figures(values: Sequence[float], unit: str = "") -> str:
-    three = statistics.median(values), min(values), max(values)
-    median, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in three)
-    return f"{median}{unit} ({low}-{high})"
+    three = median(values), min(values), max(values)
+    middle, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in three)
+    return f"{middle}{unit} ({low}-{high})"
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
     return [a / b for a, b in zip(above, below)]
 
 
-def describe(devices: Sequence[str], packages: Sequence[str] = ()) -> str:
+def describe(devices: Sequence[str]) -> str:
     """The machine, what runs on it, and how busy it is already."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [x.partition(": ")[2] for x in lines if x.startswith("model name")]
-        name = (models or [name])[0]
-    parts = [f"{name}, {torch.get_num_threads()} threads"]
+    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    with contextlib.suppress(OSError, IndexError):
+        name += (
+            Path("/proc/cpuinfo").read_text().split("model name\t")[1].split("\n")[0]
+        )
     if devices != ["cpu"]:
-        parts.insert(0, f"{len(devices)} x {torch.cuda.get_device_name(0)}")
-    packages = [x.replace("llama.cpp", "llama_cpp_python") for x in packages]
-    parts += [f"{package} {version(package)}" for package in ("torch", *packages)]
-    parts += [f"python {platform.python_version()}", f"load {os.getloadavg()[0]:.1f}"]
-    return "mixtral benchmark: " + ", ".join(parts)
+        name = f"{len(devices)} x {torch.cuda.get_device_name(0)}, {name}"
+    for package in ("torch", "transformers", "llama_cpp_python"):
+        with contextlib.suppress(PackageNotFoundError):
+            name += f", {package} {version(package)}"
+    return f"{name}, load {os.getloadavg()[0]:.1f}"
 
 
 def wait() -> None:
-    for i in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        torch.cuda.synchronize(i)
+    for device in range(torch.cuda.device_count() * torch.cuda.is_initialized()):
+        torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Work) -> float:
-    """Wall time until the devices are done too: what one who wants the tokens waits."""
+    """Wall time until the devices are done too, which is how long a user waits."""
     wait()
     begin = time.perf_counter()
     work()
@@ -100,121 +93,109 @@ def seconds_of(work: Work) -> float:
     return time.perf_counter() - begin
 
 
-def peak_of(work: Work, device: str) -> tuple[float, float]:
-    """A work's seconds, and the most GB that memory grew by during it.
+def peak_of(work: Work, device: str) -> tuple[float, float, float]:
+    """Seconds, and by how many GB memory grew at most and in the end.
 
-    On the host that is memory which no file backs: mapped weights are not in it.
+    On the host this is memory which no file backs: mapped weights are not counted.
     """
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-        base = torch.cuda.memory_allocated()
-        seconds = seconds_of(work)
-        return seconds, (torch.cuda.max_memory_allocated() - base) / 1e9
+        torch.cuda.reset_peak_memory_stats(device)
 
-    def anonymous() -> float:
+    def used() -> float:
+        if device != "cpu":
+            return torch.cuda.max_memory_allocated(device) / 1e9
         status = Path("/proc/self/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9
 
-    samples, done = [anonymous()], threading.Event()
-
     def watch() -> None:
         while not done.wait(0.005):
-            samples.append(anonymous())
+            samples.append(used())
 
-    thread = threading.Thread(target=watch)
+    samples, done, thread = [used()], threading.Event(), threading.Thread(target=watch)
     thread.start()
     seconds = seconds_of(work)
     done.set()
     thread.join()
-    return seconds, max([*samples, anonymous()]) - samples[0]
-
-
-def interleave(
-    works: Mapping[str, Work], repeats: int, ceilings: "Ceilings | None" = None
-) -> dict[str, list[float]]:
-    """Each work's seconds, one of each in turn; they have been done once already."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        if ceilings:
-            ceilings.measure()
-        for name, work in works.items():
-            seconds[name].append(seconds_of(work))
-    return seconds
+    samples.append(used())
+    return seconds, max(samples) - samples[0], samples[-1] - samples[0]
 
 
 class Ceilings:
     """A device's bytes and bf16 operations per second, measured in every round."""
 
     def __init__(self, device: str):
-        self.n = 2048 if device == "cpu" else 8192
+        self.device, self.n = device, 2048 if device == "cpu" else 8192
         self.a, self.b = torch.randn(2, self.n, self.n, device=device).bfloat16()
-        self.bytes: list[float] = []
-        self.ops: list[float] = []
         # 1 GiB, which no cache holds; read as float32, too, it is all finite numbers.
         buffer = torch.rand(2**20, device=device).bfloat16().repeat(2**9)
-        longs, floats = buffer.view(torch.int64), buffer.view(torch.float32)
-        methods: dict[str, Work] = {
-            "int64 sum": longs.sum,
-            "float32 sum": floats.sum,
-            "float32 max": floats.amax,
-            "float32 dot": lambda: floats.dot(floats),
-        }
-        if device != "cpu":
-            target = torch.empty_like(buffer)
-            methods = {"copy": lambda: target.copy_(buffer)}
-        self.moved = buffer.nbytes * (1 if device == "cpu" else 2)
-        best = {name: self.best_of(5, work) for name, work in methods.items()}
-        self.method = min(best, key=best.__getitem__)
-        self.read = methods[self.method]
+        floats, self.size, self.sheet = buffer.view(torch.float32), buffer.nbytes, None
+        longs = buffer.view(torch.int64)
+        self.methods = {"int64 sum": longs.sum, "float32 sum": floats.sum}
+        self.methods["float32 max"] = floats.amax
+        if device == "cpu":
+            self.methods["float32 dot"] = lambda: floats.dot(floats)
+        else:
+            target, card = torch.empty_like(buffer), torch.cuda.get_device_name(device)
+            self.methods["copy"] = lambda: target.copy_(buffer)
+            self.sheet = next((1e9 * v for k, v in SHEETS.items() if k in card), None)
+        self.rates: dict[str, list[float]] = {name: [] for name in self.methods}
+        self.bytes: list[float] = []
+        self.ops: list[float] = []
 
-    @staticmethod
-    def best_of(times: int, work: Work) -> float:
-        return min(seconds_of(work) for _ in range(times))
+    def seconds(self, work: Work) -> float:
+        """The best of three; on a GPU the mean of 50 repeats between two events."""
+        if self.device == "cpu":
+            return min(seconds_of(work) for _ in range(3))
+        work()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(50):
+            work()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000 / 50
 
     def measure(self) -> None:
-        self.bytes.append(self.moved / self.best_of(3, self.read))
-        self.ops.append(2 * self.n**3 / self.best_of(3, lambda: self.a @ self.b))
+        for name, work in self.methods.items():
+            moved = self.size * (2 if name == "copy" else 1)
+            self.rates[name].append(moved / self.seconds(work))
+        self.bytes.append(max(rates[-1] for rates in self.rates.values()))
+        self.ops.append(2 * self.n**3 / self.seconds(lambda: self.a @ self.b))
 
     def __str__(self) -> str:
-        gb, gflop = ([x / 1e9 for x in xs] for xs in (self.bytes, self.ops))
-        return (
-            f"ceilings: read {figures(gb, ' GB/s')} by {self.method}, "
-            f"bf16 products {figures(gflop, ' GFLOP/s')}"
-        )
-
-    def floors(self, last: int, moved: float, ops: float) -> list[float]:
-        """The least seconds that so many bytes and operations take, in the last rounds."""
-        rounds = zip(self.bytes[-last:], self.ops[-last:])
-        return [max(moved / b, ops / o) for b, o in rounds]
-
-
-def cost(
-    args: ModelArgs, batch: int, context: int, new: int, experts: float, n_devices: int
-) -> tuple[float, float]:
-    """The least bytes and operations of a forward of new tokens in each row of a batch.
-
-    experts are those that its tokens chose, of a layer, on the device with most of them:
-    the others wait for it. Logits are wanted after each row's last token only.
-    """
-    expert, output = 3 * args.dim * args.hidden_dim, args.dim * args.vocab_size
-    attention = 2 * args.dim * args.head_dim * (args.n_heads + args.n_kv_heads)
-    shared = attention + args.dim * args.num_experts
-    cache = batch * (context + new) * 2 * args.n_kv_heads * args.head_dim
-    layer = shared + 2 * args.dim + experts * expert + cache
-    values = args.n_layers * layer + args.dim * (1 + batch * new) + output
-    active = batch * new * (shared + args.num_experts_per_tok * expert / n_devices)
-    pairs = batch * new * (context + (new + 1) / 2)
-    active += 2 * pairs * args.n_heads * args.head_dim
-    return 2 * values, 2 * (args.n_layers * active + batch * output)
+        gflops = figures([x / 1e9 for x in self.ops], " GFLOP/s")
+        text = f"ceilings of {self.device}: bf16 products {gflops}"
+        for name, rates in self.rates.items():
+            text += f", {name} {figures([x / 1e9 for x in rates], ' GB/s')}"
+            if self.sheet:
+                text += f" = {median(rates) / self.sheet:.2f} of the data sheet"
+        return text
 
 
 @torch.inference_mode()
 def randomise(model: nn.Module) -> None:
     """Weights that keep activations, and the gates' logits, at about unit size."""
     for name, p in model.named_parameters():
-        p.normal_(std=1.0 if "embed" in name else p.shape[-1] ** -0.5)
+        if p.dtype == torch.int8:
+            p.random_(-127, 128)
+        else:
+            p.normal_(std=1.0 if "embed" in name else p.shape[-1] ** -0.5)
         if p.dim() == 1:
             p.add_(1)
+    for name, scale in model.named_buffers():
+        if name.endswith(".scale"):  # uniform integers deviate by 127 / sqrt(3)
+            weight = model.get_parameter(name.removesuffix("scale") + "weight")
+            scale.fill_(3**0.5 / 127 * weight.shape[-1] ** -0.5)
+
+
+def weights_of(model: Transformer) -> dict[str, Tensor]:
+    """The state dict in bf16: 8-bit weights are multiplied by their scales."""
+    state, scales = model.state_dict(), dict(model.named_buffers())
+    for name, weight in state.items():
+        if weight.dtype == torch.int8:
+            scale = scales[name.removesuffix("weight") + "scale"].view(-1, 1)
+            state[name] = (weight * scale).bfloat16()
+    return {name: x for name, x in state.items() if not name.endswith(".scale")}
 
 
 def draw_prompts(args: ModelArgs, rows: int, length: int) -> list[list[int]]:
@@ -224,7 +205,7 @@ def draw_prompts(args: ModelArgs, rows: int, length: int) -> list[list[int]]:
 
 
 class Ours:
-    """The forwards that Mixtral.generate makes."""
+    """Mixtral through its public methods."""
 
     def __init__(self, model: Transformer):
         self.model, self.args = model, model.params
@@ -232,507 +213,290 @@ class Ours:
         self.generate = Mixtral(model, no_end).generate
 
     def prefill(self, prompts: list[list[int]]) -> Tensor:
-        spans = [Span(row, 0, len(prompt)) for row, prompt in enumerate(prompts)]
-        tokens = torch.tensor(prompts).flatten()
-        return self.model.forward_packed(tokens, spans, last_only=True).argmax(-1)
+        return torch.tensor(self.generate(prompts, 1, 0)[0]).flatten()
 
     def decode(self, tokens: Tensor, start: int, steps: int) -> Tensor:
         """The tokens given to each step, (steps, batch), the first of them tokens."""
-        given = []
-        for i in range(steps):
+        given, tokens = [], tokens.to(self.model.device)
+        for i in range(start, start + steps):
             given.append(tokens)
-            spans = [Span(row, start + i, 1) for row in range(len(tokens))]
+            spans = [Span(row, i, 1) for row in range(len(tokens))]
             tokens = self.model.forward_packed(tokens, spans).argmax(-1)
         return torch.stack(given)
 
     def experts(self, given: Tensor, start: int) -> tuple[float, float]:
         """How many experts of a layer a step used: in all, and on the device with most.
 
-        The steps are taken again as one forward, in which every gate can be listened to.
+        The steps are taken again as one forward, in which hooks on the gates run.
         """
-        chosen, top_k = [], self.args.num_experts_per_tok
-        hooks = [
-            layer.feed_forward.gate.register_forward_hook(
-                lambda _, x, logits: chosen.append(logits.topk(top_k).indices)
-            )
-            for layer in self.model.layers
-        ]
-        spans = [Span(row, start, len(given)) for row in range(given.shape[1])]
+        chosen, (steps, rows), n = [], given.shape, self.args.num_experts
+
+        def hook(_: nn.Module, inputs: tuple, logits: Tensor) -> None:
+            selected = logits.topk(self.args.num_experts_per_tok).indices
+            used = F.one_hot(selected, n).sum(1).view(rows, steps, -1).any(0)
+            chosen.append(used.view(steps, len(self.model.devices), -1).sum(2).float())
+
+        gates = [layer.feed_forward.gate for layer in self.model.layers]
+        hooks = [gate.register_forward_hook(hook) for gate in gates]
+        spans = [Span(row, start, steps) for row in range(rows)]
         self.model.forward_packed(given.T.flatten(), spans, last_only=True)
-        for hook in hooks:
-            hook.remove()
-        used = F.one_hot(torch.stack(chosen), self.args.num_experts).sum(2)
-        used = used.unflatten(1, given.T.shape).any(1)  # (layers, steps, num_experts)
-        each = used.unflatten(2, (len(self.model.devices), -1)).float().sum(3)
-        return each.sum(2).mean().item(), each.amax(2).mean().item()
-
-
-class Transformers:
-    """transformers' model with one of its ways through the experts."""
-
-    def __init__(self, model: nn.Module, args: ModelArgs, experts: str):
-        self.model, self.args, self.experts, self.cache = model, args, experts, None
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        options = {"past_key_values": self.cache, "logits_to_keep": 1}
-        out = self.model(tokens.to(self.model.device), use_cache=True, **options)
-        self.cache = out.past_key_values
-        return out.logits[:, -1].argmax(-1)
-
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
-        self.model.set_experts_implementation(self.experts)
-        self.cache = None
-        return self.forward(torch.tensor(prompts))
-
-    def decode(self, tokens: Tensor, start: int, steps: int) -> None:
-        self.model.set_experts_implementation(self.experts)
-        self.cache.crop(start - self.cache.get_seq_length())
-        for _ in range(steps):
-            tokens = self.forward(tokens[:, None])
-
-
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a GGUF of the same weights."""
-
-    def __init__(self, model: Transformer, folder: str):
-        import llama_cpp
-
-        self.api, self.args, self.shape = llama_cpp, model.params, None
-        path = Path(folder) / "model.gguf"
-        write_gguf(path, model.params, model.state_dict())
-        self.logger = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self.logger, None)
-        options = llama_cpp.llama_model_default_params()
-        options.n_gpu_layers = 0 if model.device.type == "cpu" else 999
-        self.model = llama_cpp.llama_model_load_from_file(bytes(path), options)
-
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
-        shape = rows, length = len(prompts), len(prompts[0])
-        if self.shape != shape:  # a context with room for these, and for the steps
-            if self.shape:
-                self.api.llama_free(self.context)
-                self.api.llama_batch_free(self.batch)
-            options = self.api.llama_context_default_params()
-            options.n_seq_max, options.n_batch = rows, rows * length
-            options.n_ctx = rows * (length + 256)
-            options.n_threads = options.n_threads_batch = torch.get_num_threads()
-            self.context = self.api.llama_init_from_model(self.model, options)
-            self.memory = self.api.llama_get_memory(self.context)
-            self.batch, self.shape = (
-                self.api.llama_batch_init(rows * length, 0, 1),
-                shape,
-            )
-        self.api.llama_memory_clear(self.memory, False)
-        return torch.tensor(self.forward(prompts, 0))
-
-    def forward(self, rows: Sequence[Sequence[int]], start: int) -> list[int]:
-        batch, ends, i = self.batch, [], 0
-        for row, tokens in enumerate(rows):
-            for position, token in enumerate(tokens, start):
-                batch.token[i], batch.pos[i], batch.logits[i] = token, position, 0
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, row
-                i += 1
-            batch.logits[i - 1] = 1
-            ends.append(i - 1)
-        batch.n_tokens, shape = i, (self.args.vocab_size,)
-        if error := self.api.llama_decode(self.context, batch):
-            raise RuntimeError(f"llama_decode returns {error}")
-        logits = (self.api.llama_get_logits_ith(self.context, end) for end in ends)
-        return [int(np.ctypeslib.as_array(x, shape).argmax()) for x in logits]
-
-    def decode(self, tokens: Tensor, start: int, steps: int) -> None:
-        for row in range(len(tokens)):
-            self.api.llama_memory_seq_rm(self.memory, row, start, -1)
-        each = tokens.tolist()
-        for i in range(steps):
-            each = self.forward([[token] for token in each], start + i)
-
-
-Contender = Ours | Transformers | LlamaCpp
-
-
-def write_gguf(path: Path, args: ModelArgs, state: Mapping[str, Tensor]) -> None:
-    """Write the weights for llama.cpp, where too a rotary pair lies side by side."""
-    import gguf
-
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_tokenizer_model("no_vocab")
-    sizes = """vocab_size=vocab_size context_length=max_seq_len embedding_length=dim
-        block_count=n_layers feed_forward_length=hidden_dim head_count=n_heads
-        head_count_kv=n_kv_heads key_length=head_dim value_length=head_dim
-        rope_dimension_count=head_dim rope_freq_base=rope_theta expert_count=num_experts
-        expert_used_count=num_experts_per_tok layer_norm_rms_eps=norm_eps"""
-    for theirs, ours in (pair.split("=") for pair in sizes.split()):
-        getattr(writer, f"add_{theirs}")(getattr(args, ours))
-    names = {"layers.": "blk.", "tok_embeddings": "token_embd"}
-    names |= {"attention_norm": "attn_norm", "attention.wo": "attn_output"}
-    names |= {f"attention.w{x}": f"attn_{x}" for x in "qkv"}
-    names |= {"feed_forward.gate": "ffn_gate_inp", "feed_forward.experts.0.": ""}
-    names |= {"w1.": "ffn_gate_exps.", "w2.": "ffn_down_exps.", "w3.": "ffn_up_exps."}
-    for name, tensor in state.items():
-        if ".experts." in name:
-            if ".experts.0." not in name:
-                continue
-            each = [name.replace(".0.w", f".{e}.w") for e in range(args.num_experts)]
-            tensor = torch.stack([state[expert] for expert in each])
-        theirs = "output_norm.weight" if name == "norm.weight" else name
-        for old, new in names.items():
-            theirs = theirs.replace(old, new)
-        if tensor.dim() == 1 or "gate_inp" in theirs:
-            writer.add_tensor(theirs, tensor.float().cpu().numpy())
-        else:
-            kind = gguf.GGMLQuantizationType.BF16
-            array = tensor.cpu().view(torch.uint8).numpy()
-            writer.add_tensor(theirs, array, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@contextlib.contextmanager
-def uninitialised() -> Iterator[None]:
-    """Has transformers make models in bf16, and draw no weights for them."""
-    from transformers.initialization import no_init_weights
-
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with no_init_weights():
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def both_ways(model: Transformer) -> dict[str, Contender]:
-    """transformers on the same weights; where ours are on meta, on weights of its own."""
-    from reference import to_transformers
-
-    with uninitialised(), model.device:
-        peer = to_transformers(model.params, model.state_dict(), torch.bfloat16)
-    if model.device.type == "meta":
-        peer = peer.to_empty(device="cuda")
-        peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config, "cuda")
-        randomise(peer)
-    ways = ("eager", "grouped_mm")
-    return {f"transformers {w}": Transformers(peer, model.params, w) for w in ways}
-
-
-def forget(files: Sequence[Path]) -> None:
-    """Drop the files from the page cache, which drop_caches would empty for everyone."""
-    for file in files:
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def report(result: dict, steps: int) -> str:
-    kind, batch, length = result["case"]
-    seconds = dict(result["seconds"])
-    ours = seconds.pop("mixtral")
-    tokens = batch * (length if kind == "prefill" else steps)
-    text = f"{kind}, batch {batch}, context {length}: "
-    text += figures([tokens / s for s in ours], " tok/s")
-    if result["floor"]:
-        share = statistics.median(ratios(result["floor"], ours))
-        text += f", {share:.2f} of the floor, {result['experts']:.1f} experts a layer"
-    each = [f"{figures(ratios(s, ours), 'x')} {name}" for name, s in seconds.items()]
-    return "; ".join([text, *[", ".join(each)] * bool(each)])
+        for handle in hooks:
+            handle.remove()
+        used = torch.cat(chosen)  # (layers * steps, devices)
+        return used.sum(1).mean().item(), used.amax(1).mean().item()
 
 
 class Benchmark:
-    """Measures Mixtral.
+    """The commands, on one set of options; what is measured is saved as it comes."""
 
-    Args:
-        size: demo, mid or 8x7b
-        layers: only so many of its layers
-        num_gpus: 0 is the CPU; by default one GPU where there is one
-        repeats: of everything
-        json: file for all that was measured
-    """
+    def __init__(self, options: argparse.Namespace):
+        self.options, size = options, SIZES[options.size]
+        self.devices = [f"cuda:{i}" for i in range(options.num_gpus)] or ["cpu"]
+        self.args = replace(size, n_layers=options.layers or size.n_layers)
+        self.ceilings: list[Ceilings] = []
+        self.results: list[dict] = []
+        self.failures: list[str] = []
+        self.machine = describe(self.devices)
 
-    def __init__(
-        self,
-        size: str = "mid",
-        layers: int | None = None,
-        num_gpus: int | None = None,
-        repeats: int = 3,
-        json: str | None = None,
-    ):
-        if num_gpus is None:
-            num_gpus = int(torch.cuda.is_available())
-        self._devices = [f"cuda:{i}" for i in range(num_gpus)] or ["cpu"]
-        self._args = replace(SIZES[size], n_layers=layers or SIZES[size].n_layers)
-        self._repeats, self._json = repeats, json
+    def show(self, text: str) -> None:
+        """Print a result and save all that there are, for what comes next may fail."""
+        print(text, flush=True)
+        if self.options.json:
+            saved = {"machine": self.machine, "options": vars(self.options)}
+            saved |= {"results": self.results, "failures": self.failures}
+            saved["ceilings"] = {c.device: (c.rates, c.ops) for c in self.ceilings}
+            Path(self.options.json).write_text(json.dumps(saved, indent=1) + "\n")
 
-    def _build(self, rows: int, length: int, device: str | None = None) -> Transformer:
-        devices = [device] if device else self._devices
-        args = replace(self._args, max_batch_size=rows, max_seq_len=length)
-        model = Transformer(args, devices)
+    @contextlib.contextmanager
+    def reported(self, *what: object) -> Iterator[None]:
+        """Report an error of any kind in one line, and let the rest be measured."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            what = " ".join(map(str, what))
+            line = f"{what} failed: {type(error).__name__}: {error}".splitlines()[0]
+            self.failures.append(line)
+            self.show(line)
+
+    def empty(self, args: ModelArgs) -> Transformer:
+        o = self.options
+        return Transformer(args, self.devices, cpu_layers=o.cpu_layers, int8=o.int8)
+
+    def build(self, rows: int, length: int, device: str | None = None) -> Transformer:
+        """A random model: as the options want it, or in bf16 on one device."""
+        args = replace(self.args, max_batch_size=rows, max_seq_len=length)
+        model = Transformer(args, [device]) if device else self.empty(args)
         torch.manual_seed(0)
-        log(f"random weights: {seconds_of(partial(randomise, model)):.1f} s")
+        randomise(model)
         return model
 
-    def _save(self, **results: object) -> None:
-        if self._json:
-            machine = describe(self._devices)
-            text = dumps({"machine": machine, **results}, indent=1)
-            Path(self._json).write_text(text + "\n")
-
     @torch.inference_mode()
-    def run(
-        self,
-        vs: str | Sequence[str] = "",
-        batches: Sequence[int] = (1, 2, 4, 8, 16),
-        prompts: Sequence[int] = (64, 512, 2048),
-        contexts: Sequence[int] = (128, 1024, 4096),
-        steps: int | None = None,
-    ) -> None:
-        """Prefill and decode, as shares of their floors and beside other programs.
-
-        Args:
-            vs: transformers, llama.cpp, or both with a comma between
-            batches: rows that decode at once, each after a prompt of contexts' first
-            prompts: lengths of the one prompt of a prefill
-            contexts: tokens before a decode of one row
-            steps: in a decode, by default 16 on the CPU and 64 on a GPU
-        """
-        batches, prompts, contexts = listed(batches), listed(prompts), listed(contexts)
-        cases = [("prefill", 1, n) for n in prompts]
-        cases += [("decode", n, contexts[0]) for n in batches]
-        cases += [("decode", 1, n) for n in contexts[1:]]
-        cases += [("generate", 1, contexts[0])]
-        results = [{"case": x, "seconds": {}, "first": {}, "floor": []} for x in cases]
-        steps = steps or (16 if self._devices == ["cpu"] else 64)
-        missing = {p: [m for m in PACKAGES[p] if not find_spec(m)] for p in listed(vs)}
-        for peer, packages in missing.items():
-            if packages:
-                print(f"{peer} is left out, for want of {' and '.join(packages)}")
-        peers = [peer for peer in missing if not missing[peer]]
-        print(describe(self._devices, peers), flush=True)
-        room = max(batches), max(*prompts, *contexts) + steps
-        model = self._build(*room)
-        ceilings = self._ceilings = Ceilings(self._devices[0])
-        with tempfile.TemporaryDirectory() as folder:
-            contenders: dict[str, Contender] = {"mixtral": Ours(model)}
-            if "llama.cpp" in peers:
-                contenders["llama.cpp"] = LlamaCpp(model, folder)
-            # While to_transformers stacks the experts, they are there twice more.
-            need = 2.2 * sum(p.nbytes for p in model.parameters())
-            fits = self._devices == ["cpu"] or torch.cuda.mem_get_info()[0] > need
-            if "transformers" in peers and fits:
-                contenders |= both_ways(model)
-            for result in results:
-                log(*result["case"], "with", ", ".join(contenders))
-                self._measure(result, contenders, steps)
-                print(report(result, steps), flush=True)
-        if "transformers" in peers and not fits:
+    def run(self) -> None:
+        """Decode and prefill, as shares of their floors and beside other programs."""
+        o = self.options
+        cases = [("decode", n, length) for length in o.contexts[:1] for n in o.batches]
+        cases += [("decode", 1, length) for length in o.contexts[1:]]
+        cases += [("prefill", 1, length) for length in o.prompts]
+        self.results = [{"case": case, "seconds": {}, "first": {}} for case in cases]
+        room = max([1, *o.batches]), max([*o.prompts, *o.contexts]) + o.steps
+        model = self.build(*room)
+        self.ceilings = [Ceilings(self.devices[0])]
+        if o.cpu_layers:
+            self.ceilings.append(Ceilings("cpu"))
+        contenders: dict[str, Contender] = {"mixtral": Ours(model)}
+        if "llama.cpp" in o.vs:
+            with self.reported("llama.cpp"):
+                contenders |= peers.llama_cpp(model, weights_of(model), o.int8)
+        # While they are built, transformers' experts are there twice.
+        need = (2.2 + o.int8) * 2 * sum(p.numel() for p in model.parameters())
+        fits = self.devices == ["cpu"] or torch.cuda.mem_get_info()[0] > need
+        if "transformers" in o.vs and fits:
+            with self.reported("transformers"):
+                contenders |= peers.transformers(model, weights_of(model))
+        self.measure(contenders)
+        if "transformers" in o.vs and not fits:
             print("transformers runs after mixtral: they do not fit together")
-            del model
-            contenders.clear()
+            del model, contenders
             gc.collect()
             torch.cuda.empty_cache()
-            contenders = both_ways(self._build(*room, "meta"))
-            for result in results[:-1]:
-                self._measure(result, contenders, steps)
-                print(report(result, steps), flush=True)
-        print(ceilings)
-        for peer in sorted(results[0]["first"].keys() - {"mixtral"}):
-            firsts = [(r["first"]["mixtral"], r["first"][peer]) for r in results[:-1]]
-            same = [a == b for ours, theirs in firsts for a, b in zip(ours, theirs)]
-            print(f"{peer}: {sum(same)} of {len(same)} rows begin with the same token")
-        rates = {"read": ceilings.method, "bytes": ceilings.bytes, "ops": ceilings.ops}
-        self._save(peers=peers, ceilings=rates, steps=steps, results=results)
+            with self.reported("transformers"):
+                meta = self.build(*room, "meta")
+                self.measure(peers.transformers(meta, meta.state_dict(), randomise))
+        for peer in {name for r in self.results for name in r["first"]} - {"mixtral"}:
+            firsts = [
+                (r["first"].get(peer), r["first"].get("mixtral")) for r in self.results
+            ]
+            same = [a == b for x, y in firsts if x and y for a, b in zip(x, y)]
+            print(f"{peer}: {sum(same)} of {len(same)} first tokens are mixtral's")
+        print(*self.ceilings, sep="\n")
 
-    def _measure(self, result: dict, contenders: dict, steps: int) -> None:
-        """Add a case's seconds to its result, and mixtral's floor in each round."""
-        kind, batch, length = result["case"]
-        prompts = draw_prompts(self._args, batch, length)
-        ours, works, given = contenders.get("mixtral"), {}, {}
-        if kind != "generate":
-            for name, each in contenders.items():
-                works[name] = partial(each.prefill, prompts)
-                first = works[name]()
-                result["first"][name] = first.tolist()
-                if kind == "decode":
-                    works[name] = partial(each.decode, first, length, steps)
-                    given[name] = works[name]()
-        elif ours:
-            decode = partial(ours.decode, start=length, steps=steps - 1)
-            works["mixtral"] = partial(ours.generate, prompts, steps, 0)
-            works["its forwards alone"] = lambda: decode(ours.prefill(prompts))
-            works["mixtral"]()
-        result["seconds"] |= interleave(works, self._repeats, self._ceilings)
-        if not ours or kind == "generate":
-            return
-        args, n_devices = self._args, len(self._devices)
+    def long(self) -> None:
+        """Prompts of 1024, 2048, ... tokens: time, and memory beyond the weights."""
+        o = self.options
+        o.batches, o.contexts, o.repeats = [], [], 1
+        o.prompts = [2**i for i in range(10, o.longest.bit_length())]
+        self.run()
+
+    def measure(self, contenders: Mapping[str, Contender]) -> None:
+        """Add each contender's seconds, and mixtral's floors, to each result."""
+        for result in self.results:
+            works = {}
+            for name, contender in contenders.items():
+                with self.reported(name, *result["case"]):
+                    works[name] = self.warm(result, name, contender)
+            with self.reported(*result["case"]):
+                for _ in range(self.options.repeats if works else 0):
+                    for ceilings in self.ceilings:
+                        ceilings.measure()
+                    for name, work in works.items():
+                        result["seconds"].setdefault(name, []).append(seconds_of(work))
+                if "mixtral" in works:
+                    self.add_floors(result)
+                self.show(self.line(result))
+
+    def warm(self, result: dict, name: str, contender: Contender) -> Work:
+        """Do a contender's work once, and return it."""
+        (kind, batch, length), args, first = result["case"], self.args, []
+        work = partial(contender.prefill, draw_prompts(args, batch, length))
+        _, peak, _ = peak_of(lambda: first.append(work()), self.devices[0])
+        result["first"][name] = first[0].tolist()
         if kind == "decode":
-            result["experts"], most = ours.experts(given["mixtral"], length)
-            step = cost(args, batch, length + (steps - 1) // 2, 1, most, n_devices)
-            moved, ops = (steps * x for x in step)
-        else:
+            work = partial(contender.decode, first[0], length, self.options.steps)
+            given = work()
+        if name == "mixtral" and kind == "decode":
+            result["experts"] = contender.experts(given, length)
+        elif name == "mixtral":  # by chance, as many experts as this have a token
             unused = (1 - args.num_experts_per_tok / args.num_experts) ** length
-            result["experts"] = args.num_experts * (1 - unused)
-            most = result["experts"] / n_devices
-            moved, ops = cost(args, batch, 0, length, most, n_devices)
-        result["floor"] = self._ceilings.floors(self._repeats, moved, ops)
+            used = args.num_experts * (1 - unused)
+            result["experts"], result["memory"] = (used, used / len(self.devices)), peak
+        return work
 
-    def load(
-        self,
-        gb: float = 2.0,
-        layouts: str | Sequence[str] = "A,B,C,D-sharded",
-        folder: str | None = None,
-    ) -> None:
-        """Loading each published layout, from memory and from the disk, beside cat.
+    def add_floors(self, result: dict) -> None:
+        """The least seconds that mixtral's work takes, one for each round.
 
-        Args:
-            gb: about the size of a checkpoint, of layers like size's
-            layouts: of tests/layouts.py
-            folder: where to write, by default where temporary files are
+        The other devices wait for the one with most of the chosen experts. Logits are
+        wanted after each row's last token only.
         """
+        (kind, batch, new), a, o = result["case"], self.args, self.options
+        times, context, (used, most) = 1, 0, result["experts"]
+        if kind == "decode":
+            times, context, new = o.steps, new + (o.steps - 1) // 2, 1
+        layers = a.n_layers - o.cpu_layers  # whose experts are on the devices
+        expert = 3 * a.dim * a.hidden_dim
+        expert_bytes = 2 * expert
+        if o.int8:
+            expert_bytes = expert + 4 * (2 * a.hidden_dim + a.dim)
+        shared = 2 * a.dim * a.head_dim * (a.n_heads + a.n_kv_heads)
+        shared += a.dim * a.num_experts
+        cache = batch * (context + new) * 2 * a.n_kv_heads * a.head_dim
+        output = a.dim * a.vocab_size
+        values = a.n_layers * (shared + 2 * a.dim + cache) + output
+        values += a.dim * (1 + batch * new)
+        pairs = a.n_layers * batch * new * (context + (new + 1) / 2)
+        active = layers * a.num_experts_per_tok * expert / len(self.devices)
+        ops = batch * new * (a.n_layers * shared + active) + batch * output
+        ops += 2 * pairs * a.n_heads * a.head_dim
+        result["bytes"] = times * (2 * values + layers * most * expert_bytes)
+        result["host_bytes"] = times * o.cpu_layers * used * expert_bytes
+        device, host = self.ceilings[0], self.ceilings[-1]
+        result["floor"] = [
+            max(result["bytes"] / device.bytes[i], 2 * times * ops / device.ops[i])
+            + result["host_bytes"] / host.bytes[i]
+            for i in range(-o.repeats, 0)
+        ]
+
+    def line(self, result: dict) -> str:
+        kind, batch, length = result["case"]
+        tokens = batch * (length if kind == "prefill" else self.options.steps)
+        ours, text = result["seconds"].get("mixtral"), f"{kind} {batch} x {length}:"
+        for name, seconds in result["seconds"].items():
+            text += f" {name} {figures([tokens / s for s in seconds], ' tok/s')}"
+            if name == "mixtral":
+                text += f", {median(ratios(result['floor'], seconds)):.2f} of the floor"
+                sheet = self.ceilings[0].sheet
+                if kind == "prefill":
+                    text += f", {result['memory']:.2f} GB beyond the weights"
+                elif sheet:
+                    share = result["bytes"] / median(seconds) / sheet
+                    text += f", {share:.2f} of the data sheet"
+            elif ours:
+                text += f", {figures(ratios(seconds, ours), 'x')} mixtral's time"
+            text += ";"
+        return text[:-1]
+
+    def load(self) -> None:
+        """Loading each published layout from the page cache, beside cat."""
         from layouts import write
 
-        print(describe(self._devices, ["transformers", "safetensors"]), flush=True)
-        two = Transformer(replace(self._args, n_layers=2, max_seq_len=1))
-        layer = sum(p.nbytes for p in two.layers[0].parameters())
-        rest = sum(p.nbytes for p in two.parameters()) - 2 * layer
-        layers = max(1, round((gb * 1e9 - rest) / layer))
-        self._args = replace(self._args, n_layers=layers)
-        model, results = self._build(1, 1, "cpu"), {}
-        for layout in listed(layouts):
-            log(f"layout {layout}")
-            with tempfile.TemporaryDirectory(dir=folder) as written:
-                with uninitialised():
-                    write(Path(written), layout, model.params, model.state_dict())
-                for case in ("warm", "cold"):
-                    name = f"{layout}, {case}"
-                    results[name] = self._load(Path(written), case == "cold", name)
-        self._save(results=results)
+        o, model = self.options, self.build(1, 1, "cpu")
+        once = [sys.executable, __file__, "load_once", f"--num-gpus={o.num_gpus}"]
+        once += [f"--cpu-layers={o.cpu_layers}"] + ["--int8"] * o.int8
+        for layout in o.layouts.split(","):
+            with tempfile.TemporaryDirectory() as folder, self.reported(layout):
+                with peers.uninitialised():
+                    write(Path(folder), layout, model.params, model.state_dict())
+                cat = partial(subprocess.run, f"cat {folder}/* >/dev/null", shell=True)
+                cat()
+                runs = []
+                for _ in range(o.repeats):
+                    seconds = seconds_of(cat)
+                    printed = subprocess.check_output([*once, "--folder", folder])
+                    runs.append({"cat": seconds, **json.loads(printed)})
+                self.results.append({"case": layout, "runs": runs})
+                each = {key: [run[key] for run in runs] for key in runs[0]}
+                units = {"peak": " GB", "kept": " GB"}
+                text = [
+                    f"{k} {figures(v, units.get(k, ' s'))}" for k, v in each.items()
+                ]
+                times = figures(ratios(each["load"], each["cat"]), "x")
+                self.show(f"layout {layout}: {times} cat's time; {', '.join(text)}")
 
-    def _load(self, folder: Path, cold: bool, name: str) -> dict[str, list[float]]:
-        files = [path for path in sorted(folder.iterdir()) if path.suffix != ".json"]
-        cat = ["cat", *map(str, files)]
-        cat_files = partial(subprocess.run, cat, stdout=subprocess.DEVNULL, check=True)
-        gpus = len(self._devices) * (self._devices != ["cpu"])
-        once = [sys.executable, __file__, "load_once", f"--folder={folder}"]
-        once += [f"--num-gpus={gpus}"]
-        cat_files()
-        t: dict[str, list[float]] = {"cat": []}
-        for _ in range(self._repeats):
-            forget(files if cold else [])
-            t["cat"].append(seconds_of(cat_files))
-            forget(files if cold else [])
-            for key, value in loads(subprocess.check_output(once)).items():
-                t.setdefault(key, []).append(value)
-        size = sum(file.stat().st_size for file in files) / 1e9
-        print(
-            f"{name}: {figures(t['load'], ' s')}, "
-            f"{figures([size / s for s in t['load']], ' GB/s')}, "
-            f"{figures(ratios(t['load'], t['cat']), 'x')} cat's time; "
-            f"{figures(t['memory'], ' GB')} not mapped; first forward "
-            f"{figures(t['first'], ' s')}, second {figures(t['second'], ' s')}",
-            flush=True,
-        )
-        return t
-
-    def load_once(self, folder: str) -> None:
-        """Load a folder and print the seconds: a fresh process, which load starts."""
+    def load_once(self) -> None:
+        """Load a folder and print the figures: a fresh process, which load starts."""
         models, tokens = [], torch.arange(8)[None]
 
         def work() -> None:
-            models.append(Transformer(read_params(folder, 64, 1), self._devices))
-            load_checkpoint(models[0], folder)
+            params = read_params(self.options.folder, 64, 1)
+            models.append(self.empty(params))
+            load_checkpoint(models[0], self.options.folder)
 
-        results = dict(zip(("load", "memory"), peak_of(work, "cpu")))
+        results = dict(zip(("load", "peak", "kept"), peak_of(work, "cpu")))
         for name in ("first", "second"):
             results[name] = seconds_of(lambda: models[0](tokens))
-        print(dumps(results))
+        print(json.dumps(results))
 
-    def start(self, ckpt_dir: str = str(ROOT / "tests" / "demo")) -> None:
-        """From the start of the example script's process to its first token.
 
-        Args:
-            ckpt_dir: a checkpoint with its tokenizer.model
-        """
-        print(describe(self._devices), flush=True)
-        gpus = len(self._devices) * (self._devices != ["cpu"])
-        script = [str(ROOT / "example_text_completion.py"), "--ckpt-dir", ckpt_dir]
-        script += ["--tokenizer-path", str(Path(ckpt_dir) / "tokenizer.model")]
-        script += [f"--num-gpus={gpus}", "--max-gen-len=1", "--prompt=And"]
+def main() -> None:
+    def numbers(text: str) -> list[int]:
+        return [int(part) for part in text.split(",") if part]
 
-        def until(line: str, *arguments: str) -> None:
-            """Run Python until it prints a line that begins so."""
-            command = [sys.executable, "-u", *arguments]
-            options = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            with subprocess.Popen(command, text=True, cwd=ROOT, **options) as process:
-                if not any(printed.startswith(line) for printed in process.stdout):
-                    raise RuntimeError(f"{' '.join(command)} does not come to {line}")
-
-        codes = {"python": "", "import torch": "import torch; "}
-        codes["import mixtral"] = "import mixtral; "
-        works = {
-            k: partial(until, ">", "-c", f"{v}print('>')") for k, v in codes.items()
-        }
-        works["first token"] = partial(until, ">", *script)
-        works["first token"]()
-        seconds = interleave(works, self._repeats)
-        for name, each in seconds.items():
-            share = figures(ratios(each, seconds["first token"]))
-            print(f"{name}: {figures(each, ' s')}, {share} of all")
-        self._save(seconds=seconds)
-
-    def ragged(self, lengths: Sequence[int] = (10, 1000), steps: int = 16) -> None:
-        """Prompts of different lengths in one batch, beside the longest alone.
-
-        Args:
-            lengths: of the prompts
-            steps: new tokens after each
-        """
-        print(describe(self._devices), flush=True)
-        ours = Ours(self._build(len(lengths), max(lengths) + steps))
-        prompts = [draw_prompts(self._args, 1, n)[0] for n in lengths]
-        works, longest = {}, max(prompts, key=len)
-        for n in (1, steps):
-            works[f"together {n}"] = partial(ours.generate, prompts, n, 0)
-            works[f"alone {n}"] = partial(ours.generate, [longest], n, 0)
-        works[f"together {steps}"]()
-        seconds = interleave(works, self._repeats)
-        for n in (1, steps):
-            both, alone = seconds[f"together {n}"], seconds[f"alone {n}"]
-            print(
-                f"prompts of {lengths} tokens, {n} new: {figures(both, ' s')}, "
-                f"{figures(ratios(both, alone), 'x')} the longest alone"
-            )
-        self._save(seconds=seconds)
-
-    def long(self, longest: int = 32768) -> None:
-        """One prompt of 1024, 2048, ... tokens: time, and memory beyond the weights.
-
-        Args:
-            longest: tokens of the last prompt
-        """
-        print(describe(self._devices), flush=True)
-        ours, n_devices = Ours(self._build(1, longest)), len(self._devices)
-        ceilings, results = Ceilings(self._devices[0]), {}
-        ours.generate(draw_prompts(self._args, 1, 64), 1, 0)
-        experts = self._args.num_experts / n_devices
-        for n in (2**i for i in range(10, longest.bit_length())):
-            ceilings.measure()
-            work = partial(ours.generate, draw_prompts(self._args, 1, n), 1, 0)
-            seconds, memory = peak_of(work, self._devices[0])
-            moved, ops = cost(self._args, 1, 0, n, experts, n_devices)
-            share = ceilings.floors(1, moved, ops)[0] / seconds
-            print(
-                f"prompt of {n}: {seconds:.2f} s, {n / seconds:.0f} tok/s, "
-                f"{share:.2f} of the floor, {memory:.2f} GB beyond the weights",
-                flush=True,
-            )
-            results[n] = {"seconds": seconds, "memory": memory}
-        print(ceilings)
-        self._save(results=results)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, on_gpu = parser.add_argument, torch.cuda.is_available()
+    commands = ("run", "load", "long", "load_once")
+    add("command", nargs="?", default="run", choices=commands)
+    add("--size", default="mid", choices=SIZES)
+    add("--layers", type=int, help="only so many of the size's layers")
+    add("--num-gpus", type=int, default=int(on_gpu), help="0 is the CPU")
+    add("--int8", action="store_true", help="experts in 8 bits")
+    add("--cpu-layers", type=int, default=0, help="whose experts are in host memory")
+    add("--repeats", type=int, default=3)
+    add("--json", metavar="FILE", help="for all that is measured")
+    add("--vs", default="", help="run beside transformers,llama.cpp")
+    add("--batches", type=numbers, default="1,2,4,8,16", help="rows of a decode")
+    add("--contexts", type=numbers, default="128,1024,4096", help="before a decode")
+    add("--prompts", type=numbers, default="64,512,2048", help="to prefill")
+    add("--steps", type=int, default=64 if on_gpu else 16, help="of a decode")
+    add("--layouts", default="A,B,C,D-sharded", help="to load")
+    add("--folder", help="of load_once")
+    add("--longest", type=int, default=32768, help="prompt of long")
+    benchmark = Benchmark(parser.parse_args())
+    if benchmark.options.command != "load_once":
+        benchmark.show(f"mixtral benchmark: {benchmark.machine}")
+    getattr(benchmark, benchmark.options.command)()
+    sys.exit(bool(benchmark.failures))
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if not arguments or (arguments[0].startswith("-") and "--help" not in arguments):
-        arguments.insert(0, "run")
-    fire.Fire(Benchmark, arguments)
+    main()
