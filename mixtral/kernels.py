@@ -1,7 +1,7 @@
 """Triton kernels for the decode step: one new token a row, whose time is bytes read.
 
-Tensors are dense and on the current device. No wrapper reads a value from a device, so
-a CUDA graph can hold a whole step, and no kernel is compiled anew for another number of
+Tensors are dense and on the current device. Wrappers read no values from a device, so a
+CUDA graph can hold a whole step, and no kernel is compiled anew for another number of
 tokens. Sums are float32.
 """
 
@@ -12,35 +12,29 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import cdiv, next_power_of_2
 from triton.language import constexpr
 
-# Weights are read in tiles of ROWS rows and 4 warps x 32 threads x 16 bytes of each, as
-# a thread copies 16 bytes of a row to shared memory at once. STAGES - 1 tiles are under
-# way while one is summed, 32 KB a program, and 3 to 5 programs fit on a multiprocessor,
-# where about 30 KB hide the latency of memory: so even a last wave of few programs
-# reads fast. More rows would share each read of x, which comes from L2; fewer would
-# make more programs, of which `_moe_down` has 512 for one token.
-ROWS, STAGES, WARPS, THREAD_BYTES = 8, 3, 4, 16
-
-MAX_SPLITS = 64  # of the positions that attention reads, to be merged in registers
+# Weights are read in tiles of ROWS rows, of each of which a thread copies 16 bytes to
+# shared memory. While one tile is summed, STAGES - 1 are under way: 32 KB a program, of
+# which 3 to 5 fit on a multiprocessor, and about 30 KB hide the latency of memory. More
+# rows would share each read of x, which comes from L2, and make fewer programs.
+ROWS, STAGES, WARPS = 8, constexpr(3), 4
+MAX_SPLITS = constexpr(64)  # of the positions that attention reads
 
 
 @triton.jit
 def _add_dots(acc, rows, x, cols, K: constexpr, VEC: constexpr):
-    """acc (N, BLOCK_K / VEC) plus products of weight rows, at N pointers, with tile x.
-
-    A thread sums the VEC neighbours that it copied at once, and threads first meet in
-    the sum over acc's second axis that is left to the caller.
-    """
+    """acc (N, BLOCK_K / VEC) plus products of N weight rows with tile x."""
     tile = rows[:, None] + cols[None, :]
     tile = tl.load(tile, cols[None, :] < K, other=0.0, eviction_policy="evict_first")
     products = tile.to(tl.float32) * x.to(tl.float32)[None, :]
+    # A thread sums the VEC neighbours that it copied; the caller sums over threads.
     return acc + tl.sum(tl.reshape(products, (acc.shape[0], acc.shape[1], VEC)), 2)
 
 
 @triton.jit
-def _dots(rows, x, K: constexpr, N: constexpr, BLOCK_K: constexpr, VEC: constexpr,
-          STAGES: constexpr):  # fmt: skip
+def _dots(rows, x, K: constexpr, N: constexpr, BLOCK_K: constexpr, VEC: constexpr):
     """Products of N weight rows with all of x (K,), as sums (N, BLOCK_K / VEC)."""
     acc = tl.zeros((N, BLOCK_K // VEC), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -60,22 +54,19 @@ def _store_sums(out, acc, residual, at, mask):
 
 @triton.jit
 def _linear(out, x, weight, residual, M: constexpr, K: constexpr, N: constexpr,
-            BLOCK_K: constexpr, VEC: constexpr, STAGES: constexpr):  # fmt: skip
-    """Program (t, b): N numbers of out[t] of (T, M), from rows b N.. of weight (M, K).
-
-    Tokens are the fastest axis: programs that start together read the same rows, and
-    all but the first of them find these in L2.
-    """
+            BLOCK_K: constexpr, VEC: constexpr):  # fmt: skip
+    """Program (t, b): N numbers of out[t] (M,), from rows b N.. of weight (M, K)."""
+    # Tokens are the fastest axis: programs that start together share rows through L2.
     token, cols = tl.program_id(0), tl.program_id(1) * N + tl.arange(0, N)
     rows = weight + tl.minimum(cols, M - 1) * K
-    acc = _dots(rows, x + token * K, K, N, BLOCK_K, VEC, STAGES)
+    acc = _dots(rows, x + token * K, K, N, BLOCK_K, VEC)
     _store_sums(out, acc, residual, token * M + cols, cols < M)
 
 
 @triton.jit
-def _route(logits, E: constexpr, TOP_K: constexpr, E_PAD: constexpr):
+def _route(logits, E: constexpr, TOP_K: constexpr):
     """Ids, ranks by logit (of equals the lower id first) and weights of the TOP_K."""
-    ids = tl.arange(0, E_PAD)
+    ids = tl.arange(0, next_power_of_2(E))
     scores = tl.load(logits + ids, ids < E, other=float("-inf")).to(tl.float32)
     ahead = (scores[None, :] == scores[:, None]) & (ids[None, :] < ids[:, None])
     ahead = ahead | (scores[None, :] > scores[:, None])
@@ -86,19 +77,15 @@ def _route(logits, E: constexpr, TOP_K: constexpr, E_PAD: constexpr):
 
 @triton.jit(do_not_specialize=["first", "held"])
 def _moe_up(hidden, x, logits, w1, w3, s1, s3, first, held, DIM: constexpr,
-            HIDDEN: constexpr, E: constexpr, TOP_K: constexpr, E_PAD: constexpr,
-            N: constexpr, BLOCK_K: constexpr, VEC: constexpr,
-            STAGES: constexpr):  # fmt: skip
+            HIDDEN: constexpr, E: constexpr, TOP_K: constexpr, N: constexpr,
+            BLOCK_K: constexpr, VEC: constexpr):  # fmt: skip
     """Program (p, b): N numbers of hidden[p], from rows b N.. of w1 and w3.
 
-    p is a (token, choice) pair, hidden (T * TOP_K, HIDDEN). Pairs are the fastest axis,
-    as tokens are in `_linear`. Every program does the routing itself: ranking E logits
-    takes less time than a launch. If the expert is on another device, hidden[p] is not
-    written.
+    Pair p is a choice of a token. If its expert is elsewhere, hidden[p] is not written.
     """
     pair, cols = tl.program_id(0), tl.program_id(1) * N + tl.arange(0, N)
-    token = pair // TOP_K
-    ids, rank, _ = _route(logits + token * E, E, TOP_K, E_PAD)
+    token = pair // TOP_K  # routed once more, which takes less time than a launch
+    ids, rank, _ = _route(logits + token * E, E, TOP_K)
     expert = tl.sum(tl.where(rank == pair % TOP_K, ids, 0), 0).to(tl.int64) - first
     if (expert >= 0) & (expert < held):
         row = expert * HIDDEN + tl.minimum(cols, HIDDEN - 1)
@@ -119,17 +106,13 @@ def _moe_up(hidden, x, logits, w1, w3, s1, s3, first, held, DIM: constexpr,
 
 @triton.jit(do_not_specialize=["first", "held"])
 def _moe_down(out, hidden, residual, logits, w2, s2, first, held, DIM: constexpr,
-              HIDDEN: constexpr, E: constexpr, TOP_K: constexpr, E_PAD: constexpr,
-              N: constexpr, BLOCK_K: constexpr, VEC: constexpr,
-              STAGES: constexpr):  # fmt: skip
-    """Program (t, b): N numbers of out[t], from rows b N.. of the w2 of t's experts.
-
-    The choices are added in their order, so that the sum is the same every time.
-    """
+              HIDDEN: constexpr, E: constexpr, TOP_K: constexpr, N: constexpr,
+              BLOCK_K: constexpr, VEC: constexpr):  # fmt: skip
+    """Program (t, b): N numbers of out[t], from rows b N.. of the w2 of t's experts."""
     token, cols = tl.program_id(0), tl.program_id(1) * N + tl.arange(0, N)
-    ids, rank, weights = _route(logits + token * E, E, TOP_K, E_PAD)
+    ids, rank, weights = _route(logits + token * E, E, TOP_K)
     acc = tl.zeros((N, BLOCK_K // VEC), tl.float32)
-    for choice in range(TOP_K):
+    for choice in range(TOP_K):  # always in this order, so that the sum is the same
         expert = tl.sum(tl.where(rank == choice, ids, 0), 0).to(tl.int64) - first
         if (expert >= 0) & (expert < held):
             weight = tl.sum(tl.where(rank == choice, weights, 0.0), 0)
@@ -137,18 +120,14 @@ def _moe_down(out, hidden, residual, logits, w2, s2, first, held, DIM: constexpr
             if s2 is not None:
                 weight *= tl.load(s2 + row).to(tl.float32)[:, None]
             rows, part = w2 + row * HIDDEN, hidden + (token * TOP_K + choice) * HIDDEN
-            acc += weight * _dots(rows, part, HIDDEN, N, BLOCK_K, VEC, STAGES)
+            acc += weight * _dots(rows, part, HIDDEN, N, BLOCK_K, VEC)
     _store_sums(out, acc, residual, token * DIM + cols, cols < DIM)
 
 
 @triton.jit
 def _rope_and_cache(q, cache_k, cache_v, qkv, freqs, rows, positions, stride,
-                    HEADS: constexpr, N_KV: constexpr, D: constexpr,
-                    PAIRS: constexpr):  # fmt: skip
-    """Program (h, t): head h of token t's HEADS query, N_KV key and N_KV value heads.
-
-    One warp reads the head's D numbers and writes them to q or to t's slot of a cache.
-    """
+                    HEADS: constexpr, N_KV: constexpr, D: constexpr):  # fmt: skip
+    """Program (h, t): head h of t's HEADS query, N_KV key and N_KV value heads."""
     head, token = tl.program_id(0), tl.program_id(1)
     position = tl.load(positions + token)
     slot = tl.load(rows + token) * stride + position * (N_KV * D)
@@ -159,7 +138,7 @@ def _rope_and_cache(q, cache_k, cache_v, qkv, freqs, rows, positions, stride,
         target = cache_k + slot + (head - HEADS) * D
     else:
         target = cache_v + slot + (head - HEADS - N_KV) * D
-    cols = 2 * tl.arange(0, PAIRS)[:, None] + tl.arange(0, 2)[None, :]
+    cols = 2 * tl.arange(0, next_power_of_2(D // 2))[:, None] + tl.arange(0, 2)[None, :]
     x = tl.load(source + cols, cols < D)
     if head < HEADS + N_KV:
         a, b = tl.split(x.to(tl.float32))
@@ -169,26 +148,19 @@ def _rope_and_cache(q, cache_k, cache_v, qkv, freqs, rows, positions, stride,
 
 
 @triton.jit
-def _per_split(length, splits, BLOCK: constexpr):
-    """Positions a split: an equal share of the present length, in whole blocks."""
-    return tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
-
-
-@triton.jit
 def _attend(part, lse, q, cache_k, cache_v, rows, positions, stride, scale,
             N_REP: constexpr, REP_PAD: constexpr, N_KV: constexpr, DOT: constexpr,
             D: constexpr, D_PAD: constexpr, BLOCK: constexpr):  # fmt: skip
     """Program (g, s, t): t's N_REP query heads of key head g, on split s of positions.
 
     It writes part[t, heads, s] and lse[t, heads, s], the logarithm to base 2 of its
-    softmax's sum. The heads are rows of one tensor-core tile, so that a key or value is
-    read once for all of them. Key heads are the fastest axis: programs that start
-    together read whole positions, N_KV * D consecutive numbers.
+    softmax's sum. The heads are rows of one tensor-core tile: a key is read once for
+    all. Programs that start together read whole positions, N_KV * D numbers in a row.
     """
     group, split, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(positions + token).to(tl.int32) + 1
     splits = tl.num_programs(1)
-    share = _per_split(length, splits, BLOCK)
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK  # in whole blocks
     if split * share < length:
         reps, dims = tl.arange(0, REP_PAD), tl.arange(0, D_PAD)[None, :]
         heads = (token * N_KV + group) * N_REP + reps
@@ -217,17 +189,14 @@ def _attend(part, lse, q, cache_k, cache_v, rows, positions, stride, scale,
 
 
 @triton.jit(do_not_specialize=["splits"])
-def _merge(out, part, lse, positions, splits, D: constexpr, D_PAD: constexpr,
-           MAX_SPLITS: constexpr, BLOCK: constexpr):  # fmt: skip
-    """Program (h, t): out[t, h], the parts of its splits weighted by exp2(lse).
-
-    Splits beyond the length were not written and are not read.
-    """
+def _merge(out, part, lse, positions, splits, D: constexpr, BLOCK: constexpr):
+    """Program (h, t): out[t, h], the parts that were written weighted by exp2(lse)."""
     token = tl.program_id(1)
     head = token * tl.num_programs(0) + tl.program_id(0)
     length = tl.load(positions + token).to(tl.int32) + 1
-    split, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, D_PAD)
-    used = (split < splits) & (split * _per_split(length, splits, BLOCK) < length)
+    split, dims = tl.arange(0, MAX_SPLITS), tl.arange(0, next_power_of_2(D))
+    share = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
+    used = (split < splits) & (split * share < length)
     at = head * splits + split
     logs = tl.load(lse + at, used, other=float("-inf"))
     weights = tl.exp2(logs - tl.max(logs, 0))
@@ -239,21 +208,19 @@ def _merge(out, part, lse, positions, splits, D: constexpr, D_PAD: constexpr,
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    get = torch.cuda.get_device_properties
+    return get(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **meta) -> None:
     kernel[grid](*args, enable_fp_fusion=True, **meta)
 
 
-def _tile(weight: Tensor, rows: int) -> dict[str, int]:
-    """Meta-parameters of a kernel that reads the weight's rows in tiles."""
-    vec, width = THREAD_BYTES // weight.element_size(), weight.shape[-1]
-    block_k = min(32 * WARPS * vec, max(vec, triton.next_power_of_2(width)))
-    sizes = {"N": rows, "BLOCK_K": block_k, "VEC": vec}
-    return sizes | {"STAGES": STAGES, "num_warps": WARPS}
+def _launch_rows(kernel, weight: Tensor, rows: int, T: int, *args, **meta) -> None:
+    """Launch with T programs for each `rows` rows of the weight."""
+    (m, k), vec = weight.shape[-2:], 16 // weight.element_size()
+    meta["BLOCK_K"] = min(32 * WARPS * vec, max(vec, next_power_of_2(k)))
+    launch(kernel, (T, cdiv(m, rows)), *args, N=rows, VEC=vec, num_warps=WARPS, **meta)
 
 
 def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -261,9 +228,8 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     T, (m, k) = len(x), weight.shape
     out = torch.empty(T, m, dtype=x.dtype, device=x.device)
     # Fewer rows a program if there are few in all, as in a gate.
-    tile = _tile(weight, min(ROWS, triton.next_power_of_2(triton.cdiv(m, 512))))
-    grid = (T, triton.cdiv(m, tile["N"]))
-    launch(_linear, grid, out, x, weight, residual, M=m, K=k, **tile)
+    rows = min(ROWS, next_power_of_2(cdiv(m, 512)))
+    _launch_rows(_linear, weight, rows, T, out, x, weight, residual, M=m, K=k)
     return out
 
 
@@ -281,24 +247,23 @@ def experts(
 ) -> Tensor:
     """Each token's experts of x (T, dim), as far as held here, weighted and summed.
 
-    w1 and w3 (n, hidden, dim) and w2 (n, dim, hidden) are experts first to
-    first + n - 1. If they are int8, scales are s1, s2 and s3: a number of x's dtype for
-    each row, (n, hidden), (n, dim) and (n, hidden). logits (T, E), E <= 64, are the gate's: the softmax of a token's
-    top_k of them weighs its experts. residual (T, dim) is added if given, and the
-    result written to out (T, dim), of any dtype, if given. Two launches.
+    w1, w3 (n, hidden, dim) and w2 (n, dim, hidden) belong to experts first to
+    first + n - 1; if int8, scales has a number of x's dtype for each row: s1, s2, s3.
+    logits (T, E) are the gate's, E <= 64: a token's top_k choose and weigh its experts.
+    residual (T, dim) is added if given, and out (T, dim) of any dtype is written to.
     """
-    (T, dim), (n, hidden_dim, _), E = x.shape, w1.shape, logits.shape[1]
+    (T, dim), (n, hidden_dim, _) = x.shape, w1.shape
     hidden = torch.empty(T * top_k, hidden_dim, dtype=x.dtype, device=x.device)
     out = torch.empty_like(x) if out is None else out
-    sizes = {"DIM": dim, "HIDDEN": hidden_dim, "E": E, "TOP_K": top_k}
-    sizes["E_PAD"] = triton.next_power_of_2(E)
     s1, s2, s3 = scales or (None, None, None)
-    tile = sizes | _tile(w1, ROWS // 2)  # of w1 and as much of w3
-    grid = (T * top_k, triton.cdiv(hidden_dim, tile["N"]))
-    launch(_moe_up, grid, hidden, x, logits, w1, w3, s1, s3, first, n, **tile)
-    tile = sizes | _tile(w2, ROWS)
-    grid = (T, triton.cdiv(dim, tile["N"]))
-    launch(_moe_down, grid, out, hidden, residual, logits, w2, s2, first, n, **tile)
+    sizes = {"DIM": dim, "HIDDEN": hidden_dim, "E": logits.shape[1], "TOP_K": top_k}
+    sizes |= {"first": first, "held": n}
+    _launch_rows(  # half of a program's rows are w1's, half w3's
+        _moe_up, w1, ROWS // 2, T * top_k, hidden, x, logits, w1, w3, s1, s3, **sizes
+    )
+    # Triton 3.6 takes more registers for weights of 8 bits, of which a tile has more.
+    rows = ROWS if scales is None else ROWS // 2
+    _launch_rows(_moe_down, w2, rows, T, out, hidden, residual, logits, w2, s2, **sizes)
     return out
 
 
@@ -310,21 +275,19 @@ def rope_and_cache(
     rows: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Rotated queries (T, n_heads, head_dim) of qkv, whose keys and values are cached.
+    """Rotated queries (T, heads, D) of qkv, whose keys and values are cached.
 
-    qkv is (T, (n_heads + 2 n_kv_heads) head_dim), freqs_cis (max_seq_len, head_dim / 2)
-    and a cache (rows, max_seq_len, n_kv_heads, head_dim), in which token t's slot is
-    [rows[t], positions[t]]. One launch.
+    qkv is (T, (heads + 2 kv_heads) D), freqs_cis (max_seq_len, D / 2), and a cache
+    (rows, max_seq_len, kv_heads, D), in which token t is at [rows[t], positions[t]].
     """
-    T, (_, max_seq_len, kv_heads, d) = len(qkv), cache_k.shape
+    T, (_, _, kv_heads, d) = len(qkv), cache_k.shape
     heads = qkv.shape[1] // d - 2 * kv_heads
     q = torch.empty(T, heads, d, dtype=qkv.dtype, device=qkv.device)
-    freqs, stride = torch.view_as_real(freqs_cis), max_seq_len * kv_heads * d
-    sizes = {"HEADS": heads, "N_KV": kv_heads, "D": d, "num_warps": 1}
-    sizes["PAIRS"] = triton.next_power_of_2(d // 2)
+    freqs, stride = torch.view_as_real(freqs_cis), cache_k.stride(0)
     launch(
         _rope_and_cache, (heads + 2 * kv_heads, T),
-        q, cache_k, cache_v, qkv, freqs, rows, positions, stride, **sizes,
+        q, cache_k, cache_v, qkv, freqs, rows, positions, stride,
+        HEADS=heads, N_KV=kv_heads, D=d, num_warps=1,
     )  # fmt: skip
     return q
 
@@ -332,34 +295,26 @@ def rope_and_cache(
 def attention(
     q: Tensor, cache_k: Tensor, cache_v: Tensor, rows: Tensor, positions: Tensor
 ) -> Tensor:
-    """Attention of q (T, n_heads, head_dim) over positions 0..positions[t] of a row.
-
-    The row of token t is rows[t] of the caches. Returns (T, n_heads head_dim) after
-    two launches.
-    """
+    """Attention (T, heads D) of q (T, heads, D) over 0..positions[t] of row rows[t]."""
     (T, heads, d), (_, max_seq_len, kv_heads, _) = q.shape, cache_k.shape
-    d_pad = max(16, triton.next_power_of_2(d))
+    n_rep, d_pad = heads // kv_heads, max(16, next_power_of_2(d))
     # A block is 8 KB of keys and 8 KB of values, three of them under way: 4 programs on
     # a multiprocessor. There are splits enough for that.
     block = max(16, 8192 // (d_pad * q.element_size()))
     splits = 4 * _multiprocessors(q.device) // (T * kv_heads)
-    splits = max(1, min(splits, triton.cdiv(max_seq_len, block), MAX_SPLITS))
+    splits = max(1, min(splits, cdiv(max_seq_len, block), MAX_SPLITS.value))
     new = functools.partial(torch.empty, dtype=torch.float32, device=q.device)
     part, lse = new(T, heads, splits, d), new(T, heads, splits)
-    out = torch.empty_like(q)
-    sizes = {"D": d, "D_PAD": d_pad, "BLOCK": block, "num_warps": 4}
-    # On the CPU, Triton's interpreter runs, which has no bfloat16 products.
-    dot = torch.float32 if q.device.type == "cpu" else q.dtype
-    meta = {"N_REP": heads // kv_heads, "N_KV": kv_heads, "num_stages": 3}
-    meta["REP_PAD"] = max(16, triton.next_power_of_2(heads // kv_heads))
-    meta["DOT"] = getattr(tl, str(dot).removeprefix("torch."))
+    out, stride = torch.empty_like(q), cache_k.stride(0)
     scale = d**-0.5 * 1.4426950408889634  # log2(e), for a softmax to base 2
-    stride = max_seq_len * kv_heads * d
+    # On the CPU, Triton's interpreter runs, which has no bfloat16 products.
+    dot = "float32" if q.device.type == "cpu" else str(q.dtype).removeprefix("torch.")
+    sizes = {"D": d, "BLOCK": block, "num_warps": 4}
     launch(
         _attend, (kv_heads, splits, T),
         part, lse, q, cache_k, cache_v, rows, positions, stride, scale,
-        **meta, **sizes,
+        N_REP=n_rep, REP_PAD=max(16, next_power_of_2(n_rep)), N_KV=kv_heads,
+        DOT=getattr(tl, dot), D_PAD=d_pad, num_stages=3, **sizes,
     )  # fmt: skip
-    meta = sizes | {"MAX_SPLITS": MAX_SPLITS}
-    launch(_merge, (heads, T), out, part, lse, positions, splits, **meta)
+    launch(_merge, (heads, T), out, part, lse, positions, splits, **sizes)
     return out.view(T, -1)
