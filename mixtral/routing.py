@@ -2,11 +2,8 @@
 
 import os
 import re
-import shutil
 import sys
 from html import escape
-from itertools import groupby, pairwise
-from unicodedata import combining, east_asian_width
 
 import torch
 from torch import Tensor
@@ -18,23 +15,17 @@ from .tokenizer import Tokenizer
 # Backgrounds, the first three for white text, and their numbers in xterm's palette. Any
 # two differ by 16.9 or more (CIEDE2000), in normal vision and each kind of dichromacy.
 RGB = "005faf", "d70000", "5f5f5f", "ff8700", "00af87", "ffff5f", "afd7ff", "af87af"
-XTERM = 25, 160, 59, 208, 36, 227, 153, 139
+XTERM, PLAIN = (25, 160, 59, 208, 36, 227, 153, 139), 8
 UNSAFE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ufffe\uffff]")  # for terminals and XML
 
 
 def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
-    """Each token's experts, first choice first, and weights, both (n_layers, T, top_k).
-
-    Reads the tokens again, into row 0 of the cache, which must not be in use.
-    """
-    moes, logits, start = [layer.feed_forward for layer in model.layers], [], 0
-
-    def keep(gate, inputs, output):
-        logits.append(output)
-
-    hooks = [moe.gate.register_forward_hook(keep) for moe in moes]
-    decoder, model.decoder = model.decoder, None  # a recorded step runs no hooks
+    """Each token's experts and weights (n_layers, T, top_k); overwrites cache row 0."""
+    moes = [layer.feed_forward for layer in model.layers]
+    logits, start, decoder = [], 0, model.decoder
+    hooks = [m.gate.register_forward_hook(lambda *a: logits.append(a[2])) for m in moes]
     try:
+        model.decoder = None  # a recorded step runs no hooks
         for part in torch.tensor(tokens).split(PREFILL_TOKENS[model.device.type]):
             model.forward_packed(part, [Span(0, start, len(part))], last_only=True)
             start += len(part)
@@ -60,66 +51,48 @@ def split(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     return pieces
 
 
-def layout(pieces, chosen, n_experts, columns):
-    """Yield lines of (expert or None, text): unbroken and with numbers if columns is 0."""
+def paint(pieces: list[str], chosen: Tensor, n_experts: int, numbers: bool):
+    """Yield the parts of what is shown, each with its colour, an index of RGB."""
     for layer in sorted({0, (len(chosen) - 1) // 2, len(chosen) - 1}):
-        first, every = chosen[layer, :, 0].tolist(), chosen[layer].flatten()
-        same = sum(a == b for a, b in pairwise(first)) / max(len(first) - 1, 1)
+        first, every = chosen[layer, :, 0], chosen[layer].flatten()
+        same = first.diff().eq(0).sum() / max(len(first) - 1, 1)
         title = f"Layer {layer}: {same:.1%} of neighbours share a first expert"
-        yield [(None, f"{title}, by chance {1 / n_experts:.1%}. Shares of choices:")]
+        yield f"{title}, by chance {1 / n_experts:.1%}. Shares of choices:\n", PLAIN
         shares = every.bincount(minlength=n_experts) / len(every)
-        legend = [(e, f" {e}: {share:.1%} ") for e, share in enumerate(shares)]
-        yield from (legend[i : i + 8] for i in range(0, n_experts, 8))
-        marks = [f"[{e}]" if not columns or n_experts > 8 else "" for e in first]
-        shown = [x and (m + x if x == "\n" else x + m) for x, m in zip(pieces, marks)]
-        text = UNSAFE.sub("\ufffd", "".join(shown))
-        owners = [i for i, piece in enumerate(shown) for _ in piece]
-        n = max(2, (columns or 2 * len(text)) // max([1, *map(width, text)]))
-        for line in re.finditer(rf".{{0,{n - 1}}}\n|.{{1,{n}}}(?= |$)|.{{{n}}}", text):
-            parts = groupby(range(*line.span()), owners.__getitem__)
-            yield [(first[i], "".join(text[k] for k in part)) for i, part in parts]
-        yield []
-
-
-def width(text: str) -> int:
-    return sum((not combining(c)) + (east_asian_width(c) in "WF") for c in text)
+        yield from ((f" {e}: {share:.1%} ", e % 8) for e, share in enumerate(shares))
+        yield "\n", PLAIN
+        for piece, expert in zip(pieces, first.tolist()):
+            mark = f"[{expert}]" if piece and (numbers or n_experts > 8) else ""
+            text = mark + piece if piece == "\n" else piece + mark
+            yield UNSAFE.sub("\ufffd", text), expert % 8
+        yield "\n\n", PLAIN
 
 
 def show(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
     """For standard output: colours, or numbers without a terminal or with NO_COLOR."""
-    colour, lines = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), []
-    columns = shutil.get_terminal_size().columns if colour else 0
-    for line in layout(pieces, chosen, n_experts, columns):
-        lines.append("")
-        for expert, text in line:
-            if colour and expert is not None:
-                text = re.sub(r"\s", " ", text)  # a newline has a colour too
-                style = f"48;5;{XTERM[expert % 8]};38;5;{231 if expert % 8 < 3 else 16}"
-                text = f"\x1b[{style}m{text}\x1b[0m"
-            lines[-1] += text.rstrip("\n")
-    return "\n".join(lines)
+    colours, shown = sys.stdout.isatty() and not os.environ.get("NO_COLOR"), ""
+    for text, i in paint(pieces, chosen, n_experts, numbers=not colours):
+        if colours and text and i != PLAIN:
+            style = f"\x1b[48;5;{XTERM[i]};38;5;{231 if i < 3 else 16}m"
+            text = f"{style}{text}\x1b[0m".replace("\n\x1b[0m", " \x1b[0m\n")
+        shown += text
+    return shown
 
 
 def svg(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
     """A picture 830 wide; a newline is an empty cell at the end of its line."""
-    boxes, texts, y = "", "", 6
-    for line in layout(pieces, chosen, n_experts, 95):
-        x, y, spans = 16.0, y + 21, ""
-        for expert, text in line:
-            size, ink = 8.4 * width(text), "black"
-            if expert is not None:
-                ink = "white" if expert % 8 < 3 else "black"
-                box = f'x="{x:.1f}" y="{y - 15}" width="{size - 1:.1f}" height="20"'
-                boxes += f'<rect {box} fill="#{RGB[expert % 8]}"/>\n'
-            place = f'x="{x:.1f}" textLength="{size:.1f}" fill="{ink}"'
-            spans += f"<tspan {place}>{escape(text)}</tspan>"
-            x += size
-        texts += f'<text y="{y}" xml:space="preserve">{spans}</text>\n'
-    size = f'width="830" height="{y}"'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 830 {y}">\n'
-        "<title>The router at work</title>\n<desc>A text at the first, middle and last "
-        "layer, each token on the colour of its first expert.</desc>\n"
-        f'<rect {size} fill="#fff"/>\n{boxes}'
-        f'<g font-family="monospace" font-size="14">\n{texts}</g>\n</svg>\n'
-    )
+    texts = '<text font-family="monospace" font-size="14" xml:space="preserve">'
+    boxes, x, y = '<rect width="100%" height="100%" fill="#fff"/>\n', 16.0, 27
+    for text, i in paint(pieces, chosen, n_experts, numbers=False):
+        width, ink = 8.4 * len(text), "fff" if i < 3 else "000"
+        if x + width > 822 or (x > 740 and text[:1] == " "):
+            x, y = 16.0, y + 21
+        if text and i != PLAIN:
+            box = f'x="{x:.1f}" y="{y - 15}" width="{width - 1:.1f}" height="20"'
+            boxes += f'<rect {box} fill="#{RGB[i]}"/>\n'
+        place = f'x="{x:.1f}" y="{y}" textLength="{width:.1f}"'
+        texts += f'<tspan\n{place} fill="#{ink}">{escape(text)}</tspan>'
+        x, y = (16.0, y + 21 * text.count("\n")) if "\n" in text else (x + width, y)
+    size = f'width="830" height="{y}" viewBox="0 0 830 {y}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n'
+    return f"{head}{boxes}{texts}</text></svg>\n"

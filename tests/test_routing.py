@@ -12,7 +12,6 @@ from reference import random_transformer, to_transformers
 from simulated import simulated_cuda
 
 from mixtral import ModelArgs, Tokenizer, Transformer, routing
-from mixtral import model as model_module
 from mixtral.checkpoint import load_checkpoint, read_params
 
 SIZES = {"dim": 16, "n_layers": 3, "head_dim": 8, "hidden_dim": 32, "n_heads": 4}
@@ -21,40 +20,43 @@ few = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 ANSI = re.compile(r"\x1b\[48;5;(\d+);38;5;(?:16|231)m([^\x1b]*)\x1b\[0m")
 
 
-@pytest.fixture(autouse=True)
-def plain_pytorch(monkeypatch):
-    monkeypatch.setattr(model_module, "kernels", lambda: None, raising=False)
-    monkeypatch.setattr(Transformer, "decoder", None, raising=False)
-
-
-def check_route(model: Transformer, tokens: list[int], devices: int):
-    """routing.route() on so many devices, in pieces of 7 tokens, is transformers'."""
+def check_route(model, tokens: list[int], devices: int, cpu_layers=0, int8=False):
+    """routing.route() of the model on so many devices is transformers'."""
     args, state = model.params, model.state_dict()
+    with simulated_cuda(devices):
+        places = [f"cuda:{i}" for i in range(devices)] or ["cpu"]
+        placed = Transformer(args, places, torch.float32, cpu_layers, int8)
+        for name, tensor in placed.state_dict().items():
+            if tensor.dtype == torch.int8:
+                placed.get_submodule(name.removesuffix(".weight")).scale.fill_(1 / 64)
+                state[name] = (64 * state[name]).round().clamp(-127, 127) / 64
+                tensor.copy_(64 * state[name])
+            else:
+                tensor.copy_(state[name])
+        got, weights = routing.route(placed, tokens)
     reference = to_transformers(args, state)
     output = reference(torch.tensor([tokens]), output_router_logits=True)
     probs = torch.stack(output.router_logits).detach().softmax(dim=-1)
     want, chosen = probs.topk(args.num_experts_per_tok)
-    with simulated_cuda(devices):
-        places = [f"cuda:{i}" for i in range(devices)] or ["cpu"]
-        placed = Transformer(args, places, torch.float32)
-        placed.load_state_dict(state)
-        got, weights = routing.route(placed, tokens)
     assert got.tolist() == chosen.tolist()
     want /= want.sum(dim=-1, keepdim=True)
     torch.testing.assert_close(weights, want, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("devices", [0, 1, 2, 4])
+@pytest.mark.parametrize(
+    "devices, cpu_layers, int8",
+    [(0, 0, 0), (1, 0, 0), (2, 0, 0), (4, 0, 0), (2, 1, 0), (0, 0, 1), (2, 1, 1)],
+)
 @pytest.mark.parametrize(
     "n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)]
 )
-def test_route(monkeypatch, devices, n_experts, top_k, length):
+def test_route(monkeypatch, devices, cpu_layers, int8, n_experts, top_k, length):
     """22 tokens in pieces of 7 leave one for the last."""
     monkeypatch.setattr(routing, "PREFILL_TOKENS", {"cpu": 7, "cuda": 7})
     moe = {"num_experts": n_experts, "num_experts_per_tok": top_k}
     model = random_transformer(ModelArgs(**SIZES, **moe))
     tokens = torch.randint(50, (length,), generator=torch.Generator().manual_seed(1))
-    check_route(model, tokens.tolist(), devices)
+    check_route(model, tokens.tolist(), devices, cpu_layers, int8)
 
 
 @pytest.mark.parametrize("devices", [0, 1, 2, 4])
@@ -157,17 +159,16 @@ def test_numbers(monkeypatch, terminal, no_color):
 
 
 def test_colours(monkeypatch):
-    """The text wraps at the terminal's width, and no colour goes on to a next line."""
+    """A newline is a cell at the end of its line, and no colour goes on to the next."""
     shown = show(monkeypatch, True, "")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", ANSI.sub("", shown))
     for block in shown.rstrip("\n").split("\n\n"):
         _, legend, *lines = block.split("\n")
+        assert len({colour for colour, _ in ANSI.findall(legend)}) == 8
         found = [ANSI.findall(line) for line in lines]
         assert all(ANSI.sub("", line) == "" for line in lines)
-        joined = "".join(text for line in found for _, text in line)
-        assert joined == re.sub(r"\s", " ", SHOWN)
-        assert max(routing.width("".join(t for _, t in line)) for line in found) <= 60
-        assert len({colour for colour, _ in ANSI.findall(legend)}) == 8
+        text = "\n".join("".join(text for _, text in line) for line in found)
+        assert text == SHOWN.replace("\n", " \n")
 
 
 def test_numbers_tell_experts_of_one_colour_apart(monkeypatch):
@@ -187,14 +188,22 @@ def test_figures(monkeypatch):
 def test_svg(layers, n_layers):
     root = ElementTree.fromstring(routing.svg(*choices(layers, 8), 8))
     name = "{http://www.w3.org/2000/svg}"
-    lines = [list(text.itertext()) for text in root.iter(f"{name}text")]
-    starts = [i for i, line in enumerate(lines) if "".join(line).startswith("Layer")]
-    assert len(starts) == n_layers
-    for start, end in zip(starts, [*starts[1:], len(lines)]):
+    spans = list(root.iter(f"{name}tspan"))
+    places = [(float(span.get("x")), float(span.get("y"))) for span in spans]
+    text = "".join(root.itertext())
+    assert text.count("Layer") == text.count(f"\n{SHOWN}\n\n") == n_layers
+    # A cell follows another on its line or begins the next, and stays in the picture.
+    ends = [x + float(s.get("textLength")) for s, (x, _) in zip(spans, places)]
+    assert max(ends) <= 830 and max(places)[1] < float(root.get("height"))
+    for end, (_, before), (x, y) in zip(ends, places, places[1:]):
+        assert (y == before and abs(x - end) < 0.11) or (y > before and x == 16)
+    # Every cell has a box of its size, of the colour of its expert.
+    boxes = [r for r in root.iter(f"{name}rect") if r.get("x")]
+    assert len({box.get("fill") for box in boxes}) == 8
+    boxes = {(float(b.get("x")), float(b.get("y")) + 15): b for b in boxes}
+    first = choices(layers, 8)[1][-1, :, 0].tolist()
+    last = [s for s in zip(spans, places)][-len(first) - 1 : -1]
+    for (span, place), piece, expert in zip(last, choices(layers, 8)[0], first):
         assert (
-            "".join(part for line in lines[start + 2 : end] for part in line) == SHOWN
+            span.text is None or boxes[place].get("fill") == f"#{routing.RGB[expert]}"
         )
-    right = [
-        float(r.get("x", 0)) + float(r.get("width")) for r in root.iter(f"{name}rect")
-    ]
-    assert max(right) <= 830
