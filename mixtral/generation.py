@@ -3,7 +3,8 @@
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -28,16 +29,17 @@ class Message(TypedDict):
 Dialog = Sequence[Message]
 
 
-class CompletionPrediction(TypedDict, total=False):
-    generation: str
-    tokens: list[str]  # with logprobs only
-    logprobs: list[float]  # with logprobs only
-
-
-class ChatPrediction(TypedDict, total=False):
-    generation: Message
+class Logprobs(TypedDict, total=False):
     tokens: list[str]
     logprobs: list[float]
+
+
+class CompletionPrediction(Logprobs):
+    generation: str
+
+
+class ChatPrediction(Logprobs):
+    generation: Message
 
 
 class Mixtral:
@@ -130,13 +132,14 @@ class Mixtral:
         request = self.cache.take()
         try:
             logits, values = self._prefill(prompts, logprobs and echo)
-            lengths = [len(prompt) for prompt in prompts]
-            for row, prompt in enumerate(prompts if echo else []):
-                for token, value in zip(prompt, values[row] or prompt):
-                    yield row, token, value
-                    self.cache.keep(request)
-            for new in self._decode(logits, lengths, logprobs=logprobs, **options):
-                yield new
+            old = (
+                (row, token, value)
+                for row, prompt in enumerate(prompts if echo else [])
+                for token, value in zip(prompt, values[row] or prompt)
+            )
+            new = self._decode(logits, list(map(len, prompts)), logprobs, **options)
+            for step in chain(old, new):
+                yield step
                 self.cache.keep(request)
         finally:
             self.cache.leave(request)
@@ -168,10 +171,10 @@ class Mixtral:
         self,
         logits: Tensor,
         lengths: list[int],
+        logprobs: bool,
         max_gen_len: int | None,
         temperature: float,
         top_p: float,
-        logprobs: bool,
     ) -> Iterator[tuple[int, int, float]]:
         """Continue rows of these lengths, given the logits (bsz, vocab) after them.
 
@@ -187,19 +190,23 @@ class Mixtral:
         while rows:
             tokens, sums = self._sample(logits, temperature, top_p), logits.sum(dim=-1)
             values = log_probability(logits, tokens) if logprobs else sums
-            read = to_host(tokens, values, sums)
+            copies = [x.to("cpu", non_blocking=True) for x in (tokens, values, sums)]
+            if logits.is_cuda:
+                copied = torch.cuda.current_stream(logits.device).record_event()
             spans = [Span(row, lengths[row], 1) for row in rows]
-            lengths = [n + (row in rows) for row, n in enumerate(lengths)]
-            more = [lengths[row] < ends[row] for row in rows]
+            more = [lengths[row] + 1 < ends[row] for row in rows]
             if ahead := logits.is_cuda and any(more):
                 logits = self.model.forward_packed(tokens, spans)
-            ids, values, sums = read()
+            if logits.is_cuda:
+                copied.synchronize()
+            ids, values, sums = (copy.tolist() for copy in copies)
             check_finite(sum(sums))
             for row, token, value in zip(rows, ids, values):
                 if token != eos:
                     yield row, token, value
             kept = [i for i, token in enumerate(ids) if more[i] and token != eos]
             rows, spans = [rows[i] for i in kept], [spans[i] for i in kept]
+            lengths = [length + 1 for length in lengths]
             if rows and not ahead:
                 logits = self.model.forward_packed(tokens[kept], spans)
             elif 0 < len(kept) < len(ids):
@@ -313,9 +320,7 @@ class CacheOwner:
     def keep(self, request: int) -> None:
         with self.changed:
             if request != self.request:
-                raise RuntimeError(
-                    "another request has taken the cache: finish one first"
-                )
+                raise RuntimeError("another request has the cache: finish one first")
             self.thread = threading.get_ident()  # a stream may move to another thread
 
     def leave(self, request: int) -> None:
@@ -370,39 +375,18 @@ def check_request(
 
 
 def passes(prompts: list[list[int]], size: int) -> Iterator[list[Span]]:
-    """The prompts as spans, those of one pass with at most size tokens together."""
-    spans, room = [], size
-    for row, prompt in enumerate(prompts):
-        start = 0
-        while start < len(prompt):
-            span = Span(row, start, min(room, len(prompt) - start))
-            spans.append(span)
-            start, room = start + span.length, room - span.length
-            if room == 0:
-                yield spans
-                spans, room = [], size
-    if spans:
-        yield spans
-
-
-def to_host(*values: Tensor) -> Callable[[], list[list]]:
-    """Start to copy the values; the function returned waits for these copies alone."""
-    copies, copied = [value.to("cpu", non_blocking=True) for value in values], None
-    if values[0].is_cuda:
-        copied = torch.cuda.current_stream(values[0].device).record_event()
-
-    def read() -> list[list]:
-        if copied:
-            copied.synchronize()
-        return [copy.tolist() for copy in copies]
-
-    return read
+    """The prompts, laid end to end, as the spans of passes of size tokens."""
+    firsts = list(accumulate(map(len, prompts), initial=0))
+    for begin in range(0, firsts[-1], size):
+        ends = [min(begin + size, end) for end in firsts[1:]]
+        starts = [max(begin, first) for first in firsts]
+        cuts = [(row, starts[row], end) for row, end in enumerate(ends)]
+        yield [Span(row, a - firsts[row], b - a) for row, a, b in cuts if a < b]
 
 
 def check_finite(total: float) -> None:
     if not math.isfinite(total):
-        why = "the logits are not finite: the weights are damaged"
-        raise RuntimeError(f"{why}, download them again")
+        raise RuntimeError("the logits are not finite: the weights are damaged")
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
