@@ -302,7 +302,13 @@ def match(model: Transformer, folder: Path) -> dict[str, tuple[Tensor, Path]]:
             what = f"{original!r:.100} in {path} is"
             kind = getattr(stored, "dtype", type(stored))
             odd = kind not in FLOATS or stored.layout != torch.strided
-            if odd or stored.is_nested or stored.is_meta or not stored.is_contiguous():
+            if (
+                odd
+                or stored.is_nested
+                or stored.is_meta
+                or not stored.is_contiguous()
+                or stored.is_neg()
+            ):
                 what += f" no plain tensor of floats ({kind})"
                 raise ValueError(f"{what}: get the original bfloat16 weights")
             for name, tensor in rename(original, stored, args.num_experts).items():
@@ -349,6 +355,8 @@ def fill(layer: nn.Module, name: str, tensor: Tensor) -> None:
     # Rows of unused tokens may be zero.
     if has_zero_run(tensor) and name not in ("tok_embeddings.weight", "output.weight"):
         raise ValueError("holds a run of zero bytes: the download is incomplete")
+    if fused and not tensor.isfinite().all():  # attention may hide them
+        raise ValueError("holds values that are not finite: download it again")
     if not dense and not on_cpu:
         tensor = tensor.to(weight.device)  # where permuting is faster
     if weight.dtype == torch.int8:

@@ -73,6 +73,9 @@ class Mixtral:
         person before any weight is read.
         """
         start_time, devices = time.time(), find_devices(num_gpus)
+        good = type(seed) is int and 0 <= seed < 2**63
+        require(good, f"seed must be a whole number from 0 to 2**63, not {seed!r:.40}")
+        require(type(int8) is bool, f"int8 must be True or False, not {int8!r:.40}")
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
         if params.vocab_size != tokenizer.n_words:
@@ -228,8 +231,8 @@ class Mixtral:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Complete each prompt as generate() does, by default as far as there is room."""
-        if isinstance(prompts, str):
-            raise ValueError("prompts must be a list, not one text")  # noqa: TRY004
+        good = isinstance(prompts, (list, tuple))
+        require(good, f"prompts must be a list, not a {type(prompts).__name__}")
         new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
         tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
         return self._predict(tokens, logprobs=logprobs, echo=echo, **new)
@@ -281,8 +284,9 @@ class Mixtral:
         A dialog that is malformed or too long gets the answer "Error: ..." with the
         reason; the others are unaffected.
         """
-        if dialogs and all(isinstance(dialog, dict) for dialog in dialogs):
-            raise ValueError("dialogs must be a list of dialogs, not a single one")
+        good = isinstance(dialogs, (list, tuple))
+        good = good and not (dialogs and all(isinstance(d, dict) for d in dialogs))
+        require(good, "dialogs must be a list of dialogs, not a single one")
         new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
         prompts, answers = {}, {}
         for i, dialog in enumerate(dialogs):
@@ -312,8 +316,9 @@ class CacheOwner:
     def take(self) -> int:
         """Begin a request, once no other thread's is under way: its number."""
         with self.changed:
-            me = threading.get_ident()
-            self.changed.wait_for(lambda: self.thread in (None, me))
+            me = threading.current_thread()
+            while self.thread not in (None, me) and self.thread.is_alive():
+                self.changed.wait(timeout=1)
             self.request, self.thread = self.request + 1, me
             return self.request
 
@@ -321,7 +326,7 @@ class CacheOwner:
         with self.changed:
             if request != self.request:
                 raise RuntimeError("another request has the cache: finish one first")
-            self.thread = threading.get_ident()  # a stream may move to another thread
+            self.thread = threading.current_thread()  # a stream may move to another
 
     def leave(self, request: int) -> None:
         with self.changed:
@@ -355,18 +360,22 @@ def check_request(
     """Raise ValueError unless the prompts fit into room's max_batch_size rows of
     max_seq_len tokens and all other arguments make sense."""
     rows, length = room.max_batch_size, room.max_seq_len
+    good = isinstance(prompt_tokens, (list, tuple))
+    require(good, f"prompts must be a list, not a {type(prompt_tokens).__name__}")
     count = len(prompt_tokens)
     require(count <= rows, f"{count} prompts: raise max_batch_size, which is {rows}")
     for i, tokens in enumerate(prompt_tokens, 1):
         good = isinstance(tokens, (list, tuple))
-        require(good, f"prompt {i} must be a list of token ids, not {tokens!r}")
+        kind = type(tokens).__name__
+        require(good, f"prompt {i} must be a list of token ids, not of type {kind}")
         require(len(tokens) > 0, f"prompt {i} has no tokens: begin it with bos")
         long = f"prompt {i} has {len(tokens)} tokens, max_seq_len is {length}: raise it"
         require(len(tokens) <= length, f"{long} or shorten the prompt")
         for token in tokens:
             good = type(token) is int and 0 <= token < room.vocab_size
-            require(good, f"prompt {i}: {token!r} is no token id of this vocabulary")
-    good = type(temperature) in (int, float) and 0 <= temperature < math.inf
+            what = f"{str(token)!r:.40} is no token id of this vocabulary"
+            require(good, f"prompt {i}: {what}")
+    good = type(temperature) in (int, float) and 0 <= temperature < 1e300
     require(good, f"temperature must be 0 (greedy) or above, not {temperature!r}")
     good = type(top_p) in (int, float) and 0 < top_p <= 1
     require(good, f"top_p must be above 0 and at most 1, not {top_p!r}")

@@ -49,7 +49,7 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), "a whole number of at least 1"
+            value, kind = getattr(self, field.name), "a whole number from 1 to 2**31"
             good = type(value) is int and 0 < value < 2**31
             if field.type is float:
                 kind = "a finite number above 0"
@@ -60,6 +60,8 @@ class ModelArgs:
             raise ValueError("head_dim must be even, n_heads a multiple of n_kv_heads")
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError("num_experts_per_tok must be at most num_experts")
+        if self.norm_eps > 0.1 or self.rope_theta < 1:
+            raise ValueError("norm_eps must be at most 0.1, rope_theta at least 1")
 
 
 class Span(NamedTuple):

@@ -229,6 +229,8 @@ BEFORE_LOADING = [
     ("A", edit("params.json", n_layers=600), "more layers and experts"),
     ("A", edit("params.json", n_kv_heads=3), "params.json: .*n_heads a multiple"),
     ("A", edit("params.json", norm_eps=float("nan")), "norm_eps must be a finite"),
+    ("A", edit("params.json", norm_eps=1e5), "norm_eps must be at most"),
+    ("A", edit("params.json", rope_theta=0.5), "rope_theta at least 1"),
     ("A", edit("params.json", rope_theta=10**400), "rope_theta must be a finite"),
     ("A", edit("params.json", rope_theta=False), "rope_theta must be a finite"),
     ("D", edit("config.json", rope_parameters={"rope_theta": 0}), "rope_theta must be"),
@@ -616,6 +618,15 @@ def test_int8_of_damaged_weights(copy_of, row, value):
     damage[row, 5] = value
     tensors(W1, damage.add)(folder)
     assert re.match(rf"{W1} in .* not finite: download", refusal(folder, int8=True))
+
+
+@pytest.mark.parametrize("layout", ["A", "B", "D"])
+@pytest.mark.parametrize("w", ["wq", "wk"])
+def test_not_finite_where_attention_may_hide_it(source, tmp_path, layout, w):
+    state = {name: tensor.clone() for name, tensor in source.state_dict().items()}
+    state[f"layers.1.attention.{w}.weight"][0, 5] = math.nan
+    folder = write(tmp_path, layout, ARGS, state)
+    assert re.search(rf"attention.{w}.* not finite: download", refusal(folder))
 
 
 def anonymous() -> int:

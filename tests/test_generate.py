@@ -187,7 +187,7 @@ def test_impossible_prompts(prompts):
     "option, values",
     [
         ("max_gen_len", (-1, 1.5, "3", True, math.nan)),
-        ("temperature", (-0.1, "0.6", None, math.inf, math.nan)),
+        ("temperature", (-0.1, "0.6", None, math.inf, math.nan, 10**400)),
         ("top_p", (0.0, -0.1, 1.1, "0.9", None, math.nan)),
     ],
 )
@@ -224,6 +224,8 @@ def test_impossible_calls(demo):
         *(("max_seq_len", value) for value in (0, -1, 2.5, True)),
         *(("max_batch_size", value) for value in (0, -4)),
         *(("dtype", getattr(torch, name)) for name in ("int8", "bool", "complex64")),
+        *(("seed", value) for value in (None, 1.5, "a", -1, 2**64)),
+        ("int8", "no"),
     ],
 )
 def test_impossible_build(demo, option, value):

@@ -1,6 +1,7 @@
 """Streams: text_completion's text in pieces, and one request after another."""
 
 import dataclasses
+import threading
 from concurrent.futures import TimeoutError
 
 import pytest
@@ -114,6 +115,20 @@ def test_threads(tokenizer, writer):
     for thread, texts in zip(threads, alone):
         assert texts[0] == texts[1]
         assert thread.result(30) == [texts] * 5
+
+
+def test_a_stream_of_a_thread_that_has_ended(tokenizer, writer):
+    generator, kept = Mixtral(writer, tokenizer), []
+
+    def leave_unfinished():
+        kept.append(generator.stream_completion("A story", 0))
+        next(kept[0])
+
+    thread = threading.Thread(target=leave_unfinished)
+    thread.start()
+    thread.join()
+    alone = two_texts(Mixtral(writer, tokenizer), "One")
+    assert in_thread(two_texts, generator, "One").result(30) == alone
 
 
 @pytest.mark.parametrize("end", ["finish", "close", "delete", "close before it starts"])
