@@ -59,10 +59,9 @@ def main(
         raise ValueError(f"--max-gen-len must be at least 1, not {max_gen_len}")
     if isinstance(experts, str):
         folder = os.path.dirname(experts) or "."
-        if not experts.endswith(".svg") or not os.access(folder, os.W_OK):
-            raise ValueError(
-                f"--experts must name an .svg file in a writable folder, not {experts!r}"
-            )
+        if not experts.endswith(".svg") or not os.path.isdir(folder):
+            where = "an .svg file in a folder that exists"
+            raise ValueError(f"--experts must name {where}, not {experts!r}")
         if prompt is None:
             raise ValueError("--experts FILE.svg draws a single text: give --prompt")
 
@@ -80,6 +79,8 @@ def main(
     )
     for together in [[each] for each in tokens] if stream else [tokens]:
         check_request(together, room, temperature, top_p)
+    if isinstance(experts, str):
+        open(experts, "a").close()  # fails now if it cannot be written
     generator = Mixtral.build(
         ckpt_dir,
         tokenizer_path,
@@ -161,7 +162,8 @@ def normalize(argv: list[str]) -> list[str]:
         elif not equals:
             raise ValueError(f"{option} needs a value: write {option}=VALUE")
         values[name] = value
-    if len(paths) + len(values.keys() & {"ckpt_dir", "tokenizer_path"}) != 2:
+    given = len(paths) + len(values.keys() & {"ckpt_dir", "tokenizer_path"})
+    if given != 2 or "" in paths:
         raise ValueError(
             f"give two paths, the checkpoint's folder and its tokenizer.model, "
             f"not {' '.join(paths) or 'none'}"
@@ -182,14 +184,15 @@ def read(name: str, text: str) -> object:
             return value
     except (KeyError, ValueError):
         pass
-    raise ValueError(f"--{name} must be {KINDS[kind]}, not {text!r}")
+    option = name.replace("_", "-")
+    raise ValueError(f"--{option} must be {KINDS[kind]}, not {text!r:.60}")
 
 
 def name_options(message: str) -> str:
     """A message of the library, with its arguments named as this script's options."""
     names = "|".join(name for name in OPTIONS if "_" in name or name == "int8")
     return re.sub(
-        rf"(?<!\S)({names})(?=[\s,:]|$)",
+        rf"(?<!\S)({names})(?=[\s,:]|$)|^({'|'.join(OPTIONS)})(?= must)",
         lambda match: f"--{match[0].replace('_', '-')}",
         message,
     )
@@ -214,7 +217,7 @@ def run(argv: list[str]) -> int:
         pass  # The reader of stdout has gone, as `| head -1` does.
     except KeyboardInterrupt:
         code = 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         code, message = 1, f"error: {name_options(' '.join(str(error).splitlines()))}"
     if code:
         with suppress(OSError):
