@@ -55,6 +55,26 @@ def main(
     int8: keep the experts in 8 bits
     experts: show which expert each token had; --experts FILE.svg draws it as well
     """
+    check_options(max_gen_len, experts, prompt)
+    prompts = PROMPTS if prompt is None else [prompt]
+    new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+    room = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    kept = {"num_gpus": num_gpus, "cpu_layers": cpu_layers, "int8": int8}
+    tokens = check_prompts(tokenizer_path, prompts, stream, room, new)
+    if isinstance(experts, str):
+        open(experts, "a").close()  # fails now if it cannot be written
+    from mixtral import Mixtral
+
+    generator = Mixtral.build(ckpt_dir, tokenizer_path, **room, **kept)
+    if stream:
+        completions = (generator.stream_tokens(each, **new) for each in tokens)
+    else:
+        completions, _ = generator.generate(tokens, **new)
+    for text, before, completion in zip(prompts, tokens, completions):
+        show(generator, text, before, completion, experts)
+
+
+def check_options(max_gen_len: int, experts: bool | str, prompt: str | None) -> None:
     if max_gen_len < 1:
         raise ValueError(f"--max-gen-len must be at least 1, not {max_gen_len}")
     if isinstance(experts, str):
@@ -65,46 +85,31 @@ def main(
         if prompt is None:
             raise ValueError("--experts FILE.svg draws a single text: give --prompt")
 
-    from mixtral import Mixtral, ModelArgs, Tokenizer  # takes seconds: PyTorch
+
+def check_prompts(
+    tokenizer_path: str, prompts: list[str], stream: bool, room: dict, new: dict
+) -> list[list[int]]:
+    """The prompts' tokens, if they can be completed: known before minutes of loading."""
+    from mixtral import ModelArgs, Tokenizer  # takes seconds: PyTorch
     from mixtral.generation import check_request
 
-    prompts = PROMPTS if prompt is None else [prompt]
-    # Everything that a request can be refused for is checked before minutes of loading.
     tokenizer = Tokenizer(tokenizer_path)
     tokens = [tokenizer.encode(text, bos=True, eos=False) for text in prompts]
-    room = ModelArgs(
-        vocab_size=tokenizer.n_words,
-        max_seq_len=max_seq_len,
-        max_batch_size=max_batch_size,
-    )
+    args = ModelArgs(vocab_size=tokenizer.n_words, **room)
     for together in [[each] for each in tokens] if stream else [tokens]:
-        check_request(together, room, temperature, top_p)
-    if isinstance(experts, str):
-        open(experts, "a").close()  # fails now if it cannot be written
-    generator = Mixtral.build(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len,
-        max_batch_size,
-        num_gpus,
-        cpu_layers=cpu_layers,
-        int8=int8,
-    )
-    if stream:
-        completions = (
-            generator.stream_tokens(each, temperature, top_p, max_gen_len)
-            for each in tokens
-        )
-    else:
-        completions, _ = generator.generate(tokens, max_gen_len, temperature, top_p)
-    for text, before, completion in zip(prompts, tokens, completions):
-        print(text, end="\n> ", flush=True)
-        shown, new = itertools.tee(completion)
-        for piece in tokenizer.decode_stream(shown):
-            print(piece, end="", flush=True)
-        if experts:
-            show_experts(generator, [*before, *new], experts)
-        print("\n\n==================================\n", flush=True)
+        check_request(together, args, **new)
+    return tokens
+
+
+def show(generator, text: str, before: list[int], completion, experts) -> None:
+    """Print a prompt and its completion, as it comes."""
+    print(text, end="\n> ", flush=True)
+    shown, new = itertools.tee(completion)
+    for piece in generator.tokenizer.decode_stream(shown):
+        print(piece, end="", flush=True)
+    if experts:
+        show_experts(generator, [*before, *new], experts)
+    print("\n\n==================================\n", flush=True)
 
 
 def show_experts(generator, tokens: list[int], picture: bool | str) -> None:
