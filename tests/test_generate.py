@@ -212,6 +212,9 @@ def test_impossible_calls(demo):
         ("stream_completion", "abc", {"temperature": math.nan}),
         ("stream_completion", "abc", {"max_gen_len": -1}),
         ("chat_completion", [{"role": "user", "content": "Hi"}], {}),
+        ("chat_completion", {"role": "user", "content": "Hi"}, {}),
+        *((name, None, {}) for name in ("text_completion", "chat_completion")),
+        *(("generate", tokens, {"max_gen_len": 2}) for tokens in (None, iter([[1]]))),
         ("chat_completion", [[{"role": "user", "content": "Hi"}]], {"top_p": 2}),
     ]:
         with pytest.raises(ValueError):

@@ -316,6 +316,15 @@ def test_end_while_loading(run, checkpoint, monkeypatch, error, code, err):
     assert outcome == (code, "", err)
 
 
+def test_a_picture_that_cannot_be_written(run, checkpoint, monkeypatch, tmp_path):
+    """It is noticed before loading."""
+    monkeypatch.setattr(Mixtral, "build", None)
+    (tmp_path / "folder.svg").mkdir()
+    args = ("--prompt", "Hi", "--experts", tmp_path / "folder.svg", *CPU)
+    outcome = run(checkpoint, checkpoint / "tokenizer.model", *args)
+    assert_refused(outcome, "folder.svg")
+
+
 def test_arguments_of_build(run, checkpoint, monkeypatch):
     def build(*args, **kwargs):
         raise ValueError(f"{list(kwargs.values())}")
