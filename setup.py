@@ -1,6 +1,16 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
+
+
+class SourceArchive(sdist):
+    """An archive with requirements.txt, without which setup.py cannot run."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.append("requirements.txt")
+
 
 safetensors = ["safetensors>=0.5"]
 test = ["pytest", "hypothesis", "transformers>=5.17,<6", "mistral-common>=1.8"]
@@ -10,6 +20,7 @@ setup(
     version="0.1.0",
     description="Mistral's Mixtral from code that one person can read in an evening",
     python_requires=">=3.10",
+    cmdclass={"sdist": SourceArchive},
     packages=find_packages(include=["mixtral"]),
     install_requires=Path(__file__).with_name("requirements.txt").read_text().split(),
     extras_require={"safetensors": safetensors, "test": safetensors + test + triton},

@@ -103,9 +103,7 @@ def find_files(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def read_params(
-    ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int
-) -> ModelArgs:
+def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> ModelArgs:
     """The sizes that a checkpoint states, after a check that its files are complete."""
     room = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
     folder = Path(ckpt_dir)

@@ -402,9 +402,7 @@ def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     return -F.cross_entropy(logits, tokens, reduction="none")
 
 
-def sample_top_p(
-    probs: Tensor, p: float, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Draw a token for each row, (bsz, 1), from the likeliest that together have p.
 
     Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). The

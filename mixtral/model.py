@@ -244,9 +244,7 @@ class MoE(nn.Module):
         return torch.cat([out.to(tokens.device) for out in outs])  # copies back last
 
 
-def stack(
-    n: int, rows: int, columns: int, place: dict, factory: dict
-) -> Iterator[Linear]:
+def stack(n: int, rows: int, columns: int, place: dict, factory: dict) -> Iterator[Linear]:
     """n linear layers whose weights are slices of one tensor."""
     weights = torch.empty(n, rows, columns, **place)
     if weights.dtype != torch.int8:
@@ -302,9 +300,7 @@ class Transformer(nn.Module):
         places = [on_devices] * (params.n_layers - cpu_layers) + [on_host] * cpu_layers
         table = torch.empty(params.vocab_size, params.dim, **factory)
         self.tok_embeddings = nn.Embedding.from_pretrained(table)
-        self.layers = nn.ModuleList(
-            TransformerBlock(params, factory, each) for each in places
-        )
+        self.layers = nn.ModuleList(TransformerBlock(params, factory, each) for each in places)
         self.norm = nn.RMSNorm(params.dim, params.norm_eps, **factory)
         self.output = Linear(torch.empty(params.vocab_size, params.dim, **factory))
         rope = params.head_dim, params.max_seq_len, params.rope_theta

@@ -95,6 +95,4 @@ def check_dialog(dialog: Sequence[Mapping[str, str]]) -> None:
     roles = [message["role"] for message in dialog]
     turns = roles[1:] if roles[0] == "system" else roles
     if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        raise ValueError(
-            "a dialog's roles must be [system,] user, assistant, ..., user"
-        )
+        raise ValueError("a dialog's roles must be [system,] user, assistant, ..., user")

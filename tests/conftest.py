@@ -1,20 +1,14 @@
-"""What all tests share: the package on the path, and checkpoints to load."""
+"""What all tests share: checkpoints to load, and GPU tests that skip by themselves."""
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the tests run without the package being installed
 torch.set_num_threads(1)  # quickest for models this small
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a GPU")
 
 
 def pytest_collection_modifyitems(items):
@@ -61,7 +55,7 @@ def v3() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, v1) -> Path:
     """A downloaded folder whose model is tiny and whose weights are random."""
-    from reference import random_transformer
+    from helpers.reference import random_transformer
 
     from mixtral import ModelArgs
 

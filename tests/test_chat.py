@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from reference import random_transformer
-from tiny import ARGS, NEAR, Stub, saying
+from helpers.reference import random_transformer
+from helpers.tiny import ARGS, NEAR, Stub, saying
 
 from mixtral import Mixtral, Tokenizer, Transformer
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import LAYOUTS, PICKLE, write
-from reference import random_transformer
+from helpers.layouts import LAYOUTS, PICKLE, write
+from helpers.reference import random_transformer
 from safetensors.torch import load_file, save_file
 
 from mixtral import Mixtral, ModelArgs, Transformer, checkpoint
@@ -41,9 +41,7 @@ W1 = "layers.0.feed_forward.experts.1.w1.weight"
 REFUSED = (ValueError, FileNotFoundError, RuntimeError)
 
 
-def load(
-    folder: Path, dtype=torch.bfloat16, devices=("cpu",), int8=False
-) -> Transformer:
+def load(folder: Path, dtype=torch.bfloat16, devices=("cpu",), int8=False) -> Transformer:
     params = read_params(folder, 16, ARGS.max_batch_size)
     check_memory(params, devices, dtype, int8=int8)
     model = Transformer(params, devices, dtype, int8=int8)
@@ -97,8 +95,7 @@ def test_demo_in_every_layout(demo, tmp_path, layout):
     load_checkpoint(model, demo)
     folder = write(tmp_path, layout, model.params, model.state_dict())
     mixtrals = (
-        Mixtral.build(path, demo / "tokenizer.model", 64, 4, num_gpus=0)
-        for path in (demo, folder)
+        Mixtral.build(path, demo / "tokenizer.model", 64, 4, num_gpus=0) for path in (demo, folder)
     )
     want, got = (m.text_completion(["The LORD is my", "And"], 0) for m in mixtrals)
     assert want == got
@@ -290,9 +287,7 @@ def test_refused_before_loading(copy_of, layout, change, message):
 
 
 @pytest.mark.parametrize("layout, change, message", IN_HEADERS)
-def test_refused_before_a_weight_is_read(
-    copy_of, monkeypatch, layout, change, message, recwarn
-):
+def test_refused_before_a_weight_is_read(copy_of, monkeypatch, layout, change, message, recwarn):
     folder = copy_of(layout)
     change(folder)
     recwarn.clear()

@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated import kernel, simulated_cuda
+from simulated.cuda import kernel, simulated_cuda
 from torch import Tensor
 
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer, decode
@@ -113,9 +113,7 @@ def attention(q, cache_k, cache_v, rows, positions):
     out = torch.empty_like(q)
     for q_row, out_row, row, last in zip(q, out, rows.tolist(), positions.tolist()):
         k, v = (c[row, : last + 1].transpose(0, 1) for c in (cache_k, cache_v))
-        rows_of_q = F.scaled_dot_product_attention(
-            q_row[:, None], k, v, enable_gqa=True
-        )
+        rows_of_q = F.scaled_dot_product_attention(q_row[:, None], k, v, enable_gqa=True)
         out_row.copy_(rows_of_q[:, 0])
     return out.flatten(1)
 
@@ -385,7 +383,7 @@ def fail(*args, **kwargs):
 
 
 FAILURES = [  # what, how, the number of warnings and their end
-    ("queues.Graph.capture_begin", fail, 4, "without CUDA graphs, slower: it is not"),
+    ("simulated.queues.Graph.capture_begin", fail, 4, "without CUDA graphs, slower: it is not"),
     ("mixtral.kernels.attention", fail, 1, "fast kernels, slower: it is not"),
     ("torch.cuda.get_device_capability", lambda _: (7, 5), 1, "compute capability 8.0"),
 ]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import random_transformer
-from tiny import (
+from helpers.reference import random_transformer
+from helpers.tiny import (
     ARGS,
     LIMIT,
     Stub,
@@ -44,9 +44,7 @@ def requests(draw):
         chunk=draw(st.sampled_from([2048, 2048, 1, 3, 7, 16])),
         arguments={
             "prompts": prompts,
-            "max_gen_len": draw(
-                st.one_of(st.integers(0, 9), st.integers(0, LIMIT + 5))
-            ),
+            "max_gen_len": draw(st.one_of(st.integers(0, 9), st.integers(0, LIMIT + 5))),
             "echo": draw(st.booleans()),
             "logprobs": draw(st.booleans()),
         },
@@ -144,9 +142,7 @@ def test_text_completion(v1, echo):
         for prompt, script in zip(prompts, scripts)
     ]
     texts = [tokenizer.decode(ids) for ids in tokens]
-    assert texts[:3] == (
-        ["Hello there 🙂", "x", "混 é"] if echo else ["there 🙂", "x", ""]
-    )
+    assert texts[:3] == (["Hello there 🙂", "x", "混 é"] if echo else ["there 🙂", "x", ""])
     answers = generator.text_completion([*said], echo=echo)
     assert answers == [{"generation": text} for text in texts]
     answers = generator.text_completion([*said], echo=echo, logprobs=True)

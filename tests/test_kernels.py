@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated import simulated_cuda
+from simulated.cuda import simulated_cuda
 
 from mixtral import ModelArgs, Transformer
 from mixtral.model import Span, apply_rotary_emb
@@ -85,9 +85,7 @@ def experts_twin(x, logits, w1, w2, w3, first, top_k, scales=None):
 def attention_twin(q, cache_k, cache_v, rows, positions):
     out = []
     for x, row, position in zip(q.float(), rows.tolist(), positions.tolist()):
-        kv = (
-            c[row, : position + 1].float().transpose(0, 1) for c in (cache_k, cache_v)
-        )
+        kv = (c[row, : position + 1].float().transpose(0, 1) for c in (cache_k, cache_v))
         x = x.unflatten(0, (cache_k.shape[2], -1))  # the heads of a key head
         out.append(F.scaled_dot_product_attention(x, *kv).flatten())
     return torch.stack(out).type_as(q)
@@ -152,15 +150,12 @@ def test_experts_equal_logits_choose_the_lower_ids(device):
     tied = torch.tensor([[0.0, 1, 1, 2, 1, 1, 0, 1]])
     clear = torch.tensor([[0.0, 1, 0, 2, 0, 0, 0, 0]])
     out, expected = (
-        kernels.experts(**case | {"logits": logits}, first=0, top_k=2)
-        for logits in (tied, clear)
+        kernels.experts(**case | {"logits": logits}, first=0, top_k=2) for logits in (tied, clear)
     )
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize(
-    "T, k, m", [(1, 64, 24), (3, 100, 13), (1, 1500, 6), (1, 2048, 5)]
-)
+@pytest.mark.parametrize("T, k, m", [(1, 64, 24), (3, 100, 13), (1, 1500, 6), (1, 2048, 5)])
 def test_linear(device, dtype, T, k, m):
     x, weight = randn(T, k, dtype=dtype), randn(m, k, dtype=dtype)
     residual, product = randn(T, m, dtype=dtype), x.float() @ weight.float().T
@@ -169,9 +164,7 @@ def test_linear(device, dtype, T, k, m):
     assert_close(out, (product + residual.float()).to(dtype))
 
 
-@pytest.mark.parametrize(
-    "n_heads, n_kv_heads, head_dim", [(8, 2, 128), (3, 1, 24), (6, 6, 8)]
-)
+@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(8, 2, 128), (3, 1, 24), (6, 6, 8)])
 def test_rope_and_cache(device, dtype, n_heads, n_kv_heads, head_dim):
     heads = (n_heads, n_kv_heads, n_kv_heads)
     rows, positions = torch.tensor([4, 0, 2]), torch.tensor([0, 10, 6])
@@ -253,9 +246,7 @@ def test_assembled_step(device, monkeypatch, n_devices, cpu_layers, int8):
             places = [f"cuda:{i}" for i in range(n_devices)]
         model = Transformer(args, ["cpu"], torch.float32, int8=int8)
         fast = Transformer(args, places, torch.float32, cpu_layers, int8)
-        ours, theirs = (
-            dict(m.named_parameters()) | dict(m.named_buffers()) for m in (model, fast)
-        )
+        ours, theirs = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in (model, fast))
         for name, tensor in ours.items():
             if tensor.dtype == torch.int8:
                 tensor.random_(-127, 128)

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import random_transformer, reference_logits, to_transformers
-from tiny import ARGS, LIMIT, model_of, random_prompts
+from helpers.reference import random_transformer, reference_logits, to_transformers
+from helpers.tiny import ARGS, LIMIT, model_of, random_prompts
 
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 from mixtral.checkpoint import load_checkpoint, read_params
@@ -203,8 +203,7 @@ def test_spans_in_any_order():
     model.forward_packed(ROWS[2, :20], [Span(2, 0, 20)])
     spans = [Span(2, 20, 1), Span(3, 0, 6), Span(1, 9, 4)]
     tokens, right = (
-        torch.cat([x[s.row, s.start : s.start + s.length] for s in spans])
-        for x in (ROWS, whole)
+        torch.cat([x[s.row, s.start : s.start + s.length] for s in spans]) for x in (ROWS, whole)
     )
     assert_same(model.forward_packed(tokens, spans), right)
 

@@ -6,10 +6,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from helpers.reference import random_transformer, to_transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from reference import random_transformer, to_transformers
-from simulated import simulated_cuda
+from simulated.cuda import simulated_cuda
 
 from mixtral import ModelArgs, Tokenizer, Transformer, routing
 from mixtral.checkpoint import load_checkpoint, read_params
@@ -47,9 +47,7 @@ def check_route(model, tokens: list[int], devices: int, cpu_layers=0, int8=False
     "devices, cpu_layers, int8",
     [(0, 0, 0), (1, 0, 0), (2, 0, 0), (4, 0, 0), (2, 1, 0), (0, 0, 1), (2, 1, 1)],
 )
-@pytest.mark.parametrize(
-    "n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)]
-)
+@pytest.mark.parametrize("n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)])
 def test_route(monkeypatch, devices, cpu_layers, int8, n_experts, top_k, length):
     """22 tokens in pieces of 7 leave one for the last."""
     monkeypatch.setattr(routing, "PREFILL_TOKENS", {"cpu": 7, "cuda": 7})
@@ -121,10 +119,7 @@ def test_a_character_belongs_to_its_first_token(tokenizer):
     assert routing.split(tokenizer, tokens) == want
 
 
-TEXT = (
-    "Who  does\twhat? <&>\"'\r\n\n混合 e\u0301 \x1b[31m\x00\x7f\x9b\ufffe 🦆\n"
-    + "m" * 200
-)
+TEXT = "Who  does\twhat? <&>\"'\r\n\n混合 e\u0301 \x1b[31m\x00\x7f\x9b\ufffe 🦆\n" + "m" * 200
 UNSAFE = re.compile("[\x00\r\x1b\x7f\x9b\ufffe]")
 SHOWN = UNSAFE.sub("\ufffd", TEXT)
 
@@ -202,8 +197,6 @@ def test_svg(layers, n_layers):
     assert len({box.get("fill") for box in boxes}) == 8
     boxes = {(float(b.get("x")), float(b.get("y")) + 15): b for b in boxes}
     first = choices(layers, 8)[1][-1, :, 0].tolist()
-    last = [s for s in zip(spans, places)][-len(first) - 1 : -1]
-    for (span, place), piece, expert in zip(last, choices(layers, 8)[0], first):
-        assert (
-            span.text is None or boxes[place].get("fill") == f"#{routing.RGB[expert]}"
-        )
+    last = list(zip(spans, places))[-len(first) - 1 : -1]
+    for (span, place), expert in zip(last, first):
+        assert span.text is None or boxes[place].get("fill") == f"#{routing.RGB[expert]}"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import NEAR, Stub, check_greedy, logprobs_of, random_prompts, tiny
+from helpers.tiny import NEAR, Stub, check_greedy, logprobs_of, random_prompts, tiny
 
 from mixtral import Mixtral
 from mixtral.generation import sample_top_p

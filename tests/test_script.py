@@ -110,7 +110,8 @@ def test_stdout(run, checkpoint, prompts, stream, batch):
     outcome = run(*paths, *args, *stream, *CPU)
     assert len(prompts) == 4
     if batch == "1" and not stream:
-        return assert_refused(outcome, r"\b4 prompts", "max.batch.size")
+        assert_refused(outcome, r"\b4 prompts", "max.batch.size")
+        return
     generator = Mixtral.build(*paths, max_seq_len=128, max_batch_size=4, num_gpus=0)
     together = [[prompt] for prompt in prompts] if stream else [prompts]
     assert outcome.code == 0, outcome.err

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from simulated import active, simulated_cuda
+from simulated.cuda import active, simulated_cuda
 from torch import nn
 
 MODES = pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

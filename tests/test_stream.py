@@ -5,8 +5,8 @@ import threading
 from concurrent.futures import TimeoutError
 
 import pytest
-from reference import random_transformer
-from tiny import ARGS, in_thread, saying
+from helpers.reference import random_transformer
+from helpers.tiny import ARGS, in_thread, saying
 
 from mixtral import Mixtral, Tokenizer, Transformer
 
@@ -64,9 +64,7 @@ def test_stream_comes_as_it_is_made(tokenizer):
     "temperature, top_p, max_gen_len",
     [(0, 0.9, 25), (0.6, 0.9, 25), (1.5, 1.0, 25), (1.0, 0.5, None)],
 )
-def test_stream_equals_text_completion(
-    tokenizer, writer, temperature, top_p, max_gen_len
-):
+def test_stream_equals_text_completion(tokenizer, writer, temperature, top_p, max_gen_len):
     for seed, prompt in enumerate(["", "混合 🙂"]):
         options = temperature, top_p, max_gen_len
         stream = Mixtral(writer, tokenizer, seed).stream_completion(prompt, *options)

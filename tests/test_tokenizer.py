@@ -31,9 +31,7 @@ TEXTS = {
     "beyond the first plane": "𐍈 𓀀 \U0010ffff",
     "replacement character": "�a��",
 }
-few = hypothesis.settings(
-    max_examples=150, deadline=None, derandomize=True, database=None
-)
+few = hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @pytest.fixture(scope="module", params=["v1", "v3"])
@@ -222,8 +220,6 @@ def test_files_that_are_not_read(tmp_path):
         elif name == "large":
             path.touch()
             os.truncate(path, 2**36)  # It takes no space on the disk.
-        with pytest.raises(
-            (FileNotFoundError, ValueError), match=rf"{path}\b"
-        ) as error:
+        with pytest.raises((FileNotFoundError, ValueError), match=rf"{path}\b") as error:
             Tokenizer(path)
         assert error.type is (ValueError if name == "large" else FileNotFoundError)

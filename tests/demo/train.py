@@ -154,8 +154,7 @@ def train(texts: list[str], tokenizer: Tokenizer, epochs: int) -> MixtralForCaus
         # The model's own aux_loss pools the layers, so that one layer's imbalance can
         # make up for another's. Here each layer is balanced by itself: 1 is even.
         balance = [
-            load_balancing_loss_func((gate,), EXPERTS, TOP_K) / TOP_K
-            for gate in out.router_logits
+            load_balancing_loss_func((gate,), EXPERTS, TOP_K) / TOP_K for gate in out.router_logits
         ]
         (loss + BALANCE * sum(balance)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import random_transformer, reference_logits, to_transformers
 
+from helpers.reference import random_transformer, reference_logits, to_transformers
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 
 LIMIT = 40
@@ -107,9 +107,7 @@ def check_greedy(
     echo: bool = False,
 ) -> None:
     """generate() returns what is expected of each prompt alone."""
-    tokens, values = generator.generate(
-        prompts, max_gen_len, temperature, top_p, logprobs, echo
-    )
+    tokens, values = generator.generate(prompts, max_gen_len, temperature, top_p, logprobs, echo)
     eos, room = generator.tokenizer.eos_id, generator.model.params.max_seq_len
     right = [expected(prompt, max_gen_len, eos, room, echo) for prompt in prompts]
     assert tokens == [its_tokens for its_tokens, _ in right]
@@ -141,9 +139,7 @@ class Stub:
 
     device = torch.device("cpu")
 
-    def __init__(
-        self, answer: Callable[[int, list[int]], torch.Tensor] | None, **sizes: int
-    ):
+    def __init__(self, answer: Callable[[int, list[int]], torch.Tensor] | None, **sizes: int):
         self.answer, self.heard, self.passes = answer, {}, 0
         self.params = ModelArgs(**{"max_batch_size": 8} | sizes)
 

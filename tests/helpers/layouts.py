@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from reference import to_transformers
 from safetensors.torch import save_file
 
+from helpers.reference import to_transformers
 from mixtral import ModelArgs
 
 LAYOUTS = ("A", "B", "C", "D", "D-sharded")

@@ -69,9 +69,7 @@ def transformers(
     return {f"transformers {way}": Transformers(peer, way) for way in ways}
 
 
-def llama_cpp(
-    model: Transformer, state: dict[str, Tensor], int8: bool
-) -> dict[str, "LlamaCpp"]:
+def llama_cpp(model: Transformer, state: dict[str, Tensor], int8: bool) -> dict[str, "LlamaCpp"]:
     name = "llama.cpp" + " with experts in Q8_0" * int8
     return {name: LlamaCpp(model, state, int8)}
 
@@ -148,9 +146,7 @@ def write_gguf(path: Path, args: ModelArgs, state: dict, int8: bool) -> None:
     for name, tensor in state.items():
         kind, first = gguf.GGMLQuantizationType.BF16, ".experts.0."
         if first in name:
-            each = [
-                name.replace(first, f".experts.{e}.") for e in range(args.num_experts)
-            ]
+            each = [name.replace(first, f".experts.{e}.") for e in range(args.num_experts)]
             tensor = torch.stack([state[expert] for expert in each])
             kind = gguf.GGMLQuantizationType.Q8_0 if int8 else kind
         elif ".experts." in name:

@@ -1,4 +1,4 @@
-"""All that a GPU should show, in at most nine minutes: python tests/gpu.py [FOLDER]
+"""All that a GPU should show, in at most nine minutes: python tests/bench/gpu.py [FOLDER]
 
 The parts run in order of importance, each as a process of its own with a time limit, so
 that one that fails or hangs does not stop the rest. FOLDER receives their output.
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     # A layer has 2.91 GB of bf16 weights and, for 16 rows, 0.28 GB of cache.
     layers = min(32, int((torch.cuda.mem_get_info()[0] / 1e9 - 6) / 3.19))
     print(f"{layers} layers of 8x7B on {torch.cuda.get_device_name()}", flush=True)
-    run = [ROOT / "tests/benchmark.py", "--size=8x7b", f"--layers={layers}"]
+    run = [ROOT / "tests/bench/benchmark.py", "--size=8x7b", f"--layers={layers}"]
     run += ["--num-gpus=1", "--prompts=2048", "--batches=1,4,16"]
     far, peer = ["--contexts=128,4096"], ["--vs=transformers", "--contexts=128"]
     parts = {  # the seconds that each may take, and what Python runs
@@ -53,7 +53,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__" and not torch.cuda.is_available():
-    sys.exit("tests/gpu.py needs a GPU, and PyTorch finds none")
+    sys.exit("tests/bench/gpu.py needs a GPU, and PyTorch finds none")
 elif __name__ == "__main__" and "--profile" in sys.argv:
     profile(int(sys.argv[-1]))
 elif __name__ == "__main__":

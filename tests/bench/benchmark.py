@@ -1,7 +1,7 @@
 """How fast Mixtral is, beside the machine's own ceilings and beside other programs.
 
-    python tests/benchmark.py [run] [--size mid] [--vs transformers,llama.cpp]
-    python tests/benchmark.py load | long
+    python tests/bench/benchmark.py [run] [--size mid] [--vs transformers,llama.cpp]
+    python tests/bench/benchmark.py load | long
 
 Weights are random: the cost of a step depends on them only through the experts that its
 tokens choose, and these are counted. Programs that are compared run in turn, A B A B,
@@ -33,14 +33,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # it runs without the package being installed
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # it runs without the package being installed
 
-import peers
+import peers  # noqa: E402
 
-from mixtral import Mixtral, ModelArgs, Transformer
-from mixtral.checkpoint import load_checkpoint, read_params
-from mixtral.model import Span
+from mixtral import Mixtral, ModelArgs, Transformer  # noqa: E402
+from mixtral.checkpoint import load_checkpoint, read_params  # noqa: E402
+from mixtral.model import Span  # noqa: E402
 
 SIZES = {
     "demo": ModelArgs(160, 4, 32, 240, 6, 2, vocab_size=2048),
@@ -68,9 +68,7 @@ def describe(devices: Sequence[str]) -> str:
     """The machine, what runs on it, and how busy it is already."""
     name = f"{platform.machine()}, {torch.get_num_threads()} threads"
     with contextlib.suppress(OSError, IndexError):
-        name += (
-            Path("/proc/cpuinfo").read_text().split("model name\t")[1].split("\n")[0]
-        )
+        name += Path("/proc/cpuinfo").read_text().split("model name\t")[1].split("\n")[0]
     if devices != ["cpu"]:
         name = f"{len(devices)} x {torch.cuda.get_device_name(0)}, {name}"
     for package in ("torch", "transformers", "llama_cpp_python"):
@@ -323,9 +321,7 @@ class Benchmark:
                 meta = self.build(*room, "meta")
                 self.measure(peers.transformers(meta, meta.state_dict(), randomise))
         for peer in {name for r in self.results for name in r["first"]} - {"mixtral"}:
-            firsts = [
-                (r["first"].get(peer), r["first"].get("mixtral")) for r in self.results
-            ]
+            firsts = [(r["first"].get(peer), r["first"].get("mixtral")) for r in self.results]
             same = [a == b for x, y in firsts if x and y for a, b in zip(x, y)]
             print(f"{peer}: {sum(same)} of {len(same)} first tokens are mixtral's")
         print(*self.ceilings, sep="\n")
@@ -426,7 +422,7 @@ class Benchmark:
 
     def load(self) -> None:
         """Loading each published layout from the page cache, beside cat."""
-        from layouts import write
+        from helpers.layouts import write
 
         o, model = self.options, self.build(1, 1, "cpu")
         once = [sys.executable, __file__, "load_once", f"--num-gpus={o.num_gpus}"]
@@ -445,9 +441,7 @@ class Benchmark:
                 self.results.append({"case": layout, "runs": runs})
                 each = {key: [run[key] for run in runs] for key in runs[0]}
                 units = {"peak": " GB", "kept": " GB"}
-                text = [
-                    f"{k} {figures(v, units.get(k, ' s'))}" for k, v in each.items()
-                ]
+                text = [f"{k} {figures(v, units.get(k, ' s'))}" for k, v in each.items()]
                 times = figures(ratios(each["load"], each["cat"]), "x")
                 self.show(f"layout {layout}: {times} cat's time; {', '.join(text)}")
 

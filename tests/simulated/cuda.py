@@ -12,15 +12,16 @@ import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from queues import Event, Graph, Queues, Storage, Stream
 from torch.nn.attention.bias import CausalBias
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from simulated.queues import Event, Graph, Queues, Storage, Stream
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ class Labelled(torch.Tensor):
     is_cuda = property(lambda self: True)
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor, storage: Storage) -> Self:
+    def __new__(cls, inner: torch.Tensor, storage: Storage) -> "Labelled":
         # A view of a normal tensor is a normal tensor, in inference mode too.
         with torch.inference_mode(inner.is_inference()):
             self = torch.Tensor._make_wrapper_subclass(
@@ -148,9 +149,7 @@ class Simulation(Queues, TorchDispatchMode):
         else:
             self.cross(source.index, place.index, work)
 
-    def compute(
-        self, device: torch.device, work: Callable, met: list, launches: int | None
-    ) -> Any:
+    def compute(self, device: torch.device, work: Callable, met: list, launches: int | None) -> Any:
         """What work returns, done with the tensors met, on this device.
 
         It counts as so many launches; None is one if a tensor is new, and not a view.
@@ -261,7 +260,7 @@ class Devices(TorchFunctionMode):
 class Generator(torch.Generator):
     """A CPU generator under a device label."""
 
-    def __new__(cls, device: Any = "cpu") -> Self:
+    def __new__(cls, device: Any = "cpu") -> "Labelled":
         self = super().__new__(cls)
         self.label = active[-1].resolve(device)
         return self
@@ -308,9 +307,7 @@ def kernel(launches: int) -> Callable[[Callable], Callable]:
     return wrapper
 
 
-def to(
-    self: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any
-) -> torch.Tensor:
+def to(self: torch.Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> torch.Tensor:
     """``Tensor.to``, which otherwise compares devices where no label can show."""
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
     target = self.device if device is None else active[-1].resolve(device)

@@ -80,9 +80,7 @@ class Graph:
     def capture_begin(self, pool: Any = None) -> None:
         self.stream = self.queues.streams[self.queues.current]
         if self.queues.recording or self.stream in self.queues.defaults:
-            raise RuntimeError(
-                "a recording needs a stream of its own, and one at a time"
-            )
+            raise RuntimeError("a recording needs a stream of its own, and one at a time")
         self.pool = self.queues.pools.setdefault(pool or id(self), [])
         self.queues.recording = self
 
