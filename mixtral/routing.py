@@ -8,7 +8,7 @@ from html import escape
 import torch
 from torch import Tensor
 
-from .generation import PREFILL_TOKENS
+from .generation import prefill_tokens
 from .model import Span, Transformer
 from .tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
     hooks = [m.gate.register_forward_hook(lambda *a: logits.append(a[2])) for m in moes]
     try:
         model.decoder = None  # a recorded step runs no hooks
-        for part in torch.tensor(tokens).split(PREFILL_TOKENS[model.device.type]):
+        for part in torch.tensor(tokens).split(prefill_tokens(model.device)):
             model.forward_packed(part, [Span(0, start, len(part))], last_only=True)
             start += len(part)
     finally:

@@ -176,11 +176,10 @@ def check_alike(ours: Mixtral, cpu: Mixtral, prompts: list, most: int | None) ->
 
 def check_ends(monkeypatch, gpu: Mixtral, most: int | None) -> list[int]:
     """At eos, at max_seq_len or after so many tokens; returns the numbers of tokens."""
-    chunks = dict.fromkeys(("cpu", "cuda"), 7)
-    monkeypatch.setattr("mixtral.generation.PREFILL_TOKENS", chunks)
+    monkeypatch.setattr("mixtral.generation.prefill_tokens", lambda device: 7)
     prompts, cpu = prompts_of((2, 31, 9, 1, 40)), generator_of(model_of())
     eos = cpu.generate(prompts[2:3], 9, 0)[0][0][5]
-    cpu.tokenizer.eos_id = gpu.tokenizer.eos_id = eos
+    cpu.stop_ids = gpu.stop_ids = {eos}
     tokens = check_alike(gpu, cpu, prompts, most)
     return [len(row) - len(prompt) for row, prompt in zip(tokens, prompts)]
 

@@ -50,7 +50,7 @@ def check_route(model, tokens: list[int], devices: int, cpu_layers=0, int8=False
 @pytest.mark.parametrize("n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)])
 def test_route(monkeypatch, devices, cpu_layers, int8, n_experts, top_k, length):
     """22 tokens in pieces of 7 leave one for the last."""
-    monkeypatch.setattr(routing, "PREFILL_TOKENS", {"cpu": 7, "cuda": 7})
+    monkeypatch.setattr(routing, "prefill_tokens", lambda device: 7)
     moe = {"num_experts": n_experts, "num_experts_per_tok": top_k}
     model = random_transformer(ModelArgs(**SIZES, **moe))
     tokens = torch.randint(50, (length,), generator=torch.Generator().manual_seed(1))
