@@ -1,6 +1,6 @@
 """Transitional."""
 import torch
-from .checkpoint import check_memory, memory_needed, free_memory
+from .checkpoint import ACTIVATIONS, check_memory, memory_needed, free_memory
 def find_devices(num_gpus):
     good = type(num_gpus) is int and num_gpus >= 0
     if not good: raise ValueError(f"num_gpus must be 1, 2, 4, 8 or 0 for the CPU, not {num_gpus!r}")

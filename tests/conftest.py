@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest_plugins = ["helpers.gpus"]  # its fixture
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # quickest for models this small
 

@@ -219,9 +219,7 @@ def test_devices_share_the_work(devices, top_k):
     assert_same(apart.forward(ROWS[:, -1:], 39), together.forward(ROWS[:, -1:], 39))
 
 
-@pytest.mark.parametrize(
-    "devices", [[], ["cpu"] * 9, ["cpu", "meta"]], ids=str
-)
+@pytest.mark.parametrize("devices", [[], ["cpu"] * 9, ["cpu", "meta"]], ids=str)
 def test_devices_that_cannot_share(devices):
     with pytest.raises(ValueError, match="share|one type"):
         Transformer(ARGS, devices)

@@ -95,6 +95,7 @@ class Simulation(Queues, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.count, self.capability = count, capability
         self.storages = weakref.WeakValueDictionary[int, Storage]()
+        self.peak: Counter[str] = Counter()  # the most bytes in use, since it was cleared
         self.launches: Counter[str] = Counter()
         Queues.__init__(self, count)
         self.reset()
@@ -179,6 +180,7 @@ class Simulation(Queues, TorchDispatchMode):
         if (storage := self.storages.get(key := address(out))) is None:
             pool, size = self.recording and self.recording.pool, out.untyped_storage()
             storage = self.storages[key] = Storage(label, size.nbytes(), pool)
+            self.peak[str(label)] = max(self.peak[str(label)], self.bytes(label))
             if self.recording:
                 self.enter(label)  # allocates nothing but on the recorded device
                 pool.append((weakref.ref(storage), out))
