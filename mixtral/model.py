@@ -328,29 +328,29 @@ class MoE(nn.Module):
         top_logits, chosen = logits.float().topk(self.top_k)  # (T, top_k)
         weights = top_logits.softmax(dim=-1)
         # Sorted by expert, the (token, choice) pairs of an expert are a slice.
-        pairs = chosen.flatten().argsort(stable=True)  # (T * top_k,)
-        counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))  # (num_experts,)
+        expert_of_pair, pairs = chosen.flatten().sort(stable=True)  # (T * top_k,)
+        ids = torch.arange(len(self.experts), device=x.device)
+        ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)
         tokens = x[pairs // self.top_k]  # (T * top_k, dim)
         out = torch.empty_like(tokens)
         if self.grouped:
-            out[pairs] = self.all_at_once(tokens, counts)
+            out[pairs] = self.all_at_once(tokens, ends)
         else:
-            out[pairs] = self.one_by_one(tokens, counts)
+            out[pairs] = self.one_by_one(tokens, ends)
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
-    def one_by_one(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """The slices of tokens, counts[e] of them for expert e, after their experts."""
-        slices = tokens.split(counts.tolist())  # the layer's one wait
+    def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """The slices of tokens, of which expert e's ends at ends[e], after their experts."""
+        slices = tokens.tensor_split(ends.tolist()[:-1])  # the layer's one wait
         used = [(expert, part) for expert, part in zip(self.experts, slices) if len(part)]
         # Copies to all devices are made first, so that all of these work at the same time.
         inputs = [expert.bring(part) for expert, part in used]
         outs = [expert(part) for (expert, _), part in zip(used, inputs)]
         return torch.cat([out.to(tokens.device) for out in outs])
 
-    def all_at_once(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """one_by_one in three products, for which the host need not know the counts."""
+    def all_at_once(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """one_by_one in three products, for which the host need not know the ends."""
         stack = self.stacks[0]
-        ends = counts.cumsum(0, dtype=torch.int32)
         gate = F.grouped_mm(tokens, stack.w1.mT, offs=ends)  # (T * top_k, hidden_dim)
         up = F.grouped_mm(tokens, stack.w3.mT, offs=ends)
         return F.grouped_mm(F.silu(gate, inplace=True).mul_(up), stack.w2.mT, offs=ends)
