@@ -27,14 +27,15 @@ class Tokenizer:
             raise ValueError(f"{path} has no bos or no eos: use the checkpoint's own")
 
         config = read_json(path.parent / "tokenizer_config.json")
-        self.pieces = dict(enumerate(all_pieces(self.sp_model)))
-        added = read_added_tokens(path.parent, config, self.pieces)
-        self.pieces |= added
+        own = dict(enumerate(all_pieces(self.sp_model)))
+        added = read_added_tokens(path.parent, config, own)
+        check_added_tokens(path.parent, added, self.sp_model)
+        self.pieces = own | added  # each token's piece of text, in which ▁ is a space
         self.n_words = max(self.pieces) + 1
         self.added_ids = {text: token for token, text in added.items()}
         # The longest is tried first, for one added token may begin another.
-        texts = sorted(map(re.escape, self.added_ids), key=len, reverse=True)
-        self.added_pattern = re.compile(f"({'|'.join(texts)})")
+        longest_first = sorted(self.added_ids, key=len, reverse=True)
+        self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
         # Where "legacy" is true, which it is by default, each piece of text between added tokens is
         # encoded as a whole text is.
@@ -216,20 +217,9 @@ def read_json(path: Path) -> dict:
 
 
 def read_added_tokens(folder: Path, config: dict, own: Mapping[int, str]) -> dict[int, str]:
-    """The tokens that files in folder add to SentencePiece's own, by id.
-
-    Raises ValueError if a file cannot mean what it says beside this tokenizer.model.
-    """
+    """The tokens that files in folder add to SentencePiece's own, by id."""
     added = added_by_json(folder / "added_tokens.json", own)
-    added |= added_by_config(folder / "tokenizer_config.json", config, own)
-    own_ids = {piece: token for token, piece in own.items()}
-    for token, text in added.items():
-        if not is_text(text) or not text:
-            raise ValueError(f"{folder}: the added token {token} is not a text but {text!r:.60}")
-        if own_ids.get(text, token) != token:
-            what = f"but it is {own_ids[text]} in the tokenizer.model"
-            raise ValueError(f"{folder} adds {text!r:.60} as token {token}, {what}")
-    return added
+    return added | added_by_config(folder / "tokenizer_config.json", config, own)
 
 
 def added_by_json(path: Path, own: Mapping[int, str]) -> dict[int, str]:
@@ -265,6 +255,19 @@ def added_by_config(path: Path, config: dict, own: Mapping[int, str]) -> dict[in
                 )
         added[int(number)] = entry.get("content", "")
     return added
+
+
+def check_added_tokens(
+    folder: Path, added: dict[int, str], sp_model: SentencePieceProcessor
+) -> None:
+    for token, text in added.items():
+        if not is_text(text) or not text:
+            raise ValueError(f"{folder}: the added token {token} is not a text but {text!r:.60}")
+        # SentencePiece has a meaning of its own for control tokens and bytes, as <0x0A>.
+        is_own = token < sp_model.vocab_size()
+        if not is_own and sp_model.decode_pieces(["a", text]) != f"a{text}":
+            what = f"but it is {sp_model.piece_to_id(text)} in the tokenizer.model"
+            raise ValueError(f"{folder} adds {text!r:.60} as token {token}, {what}")
 
 
 def template_has_bos(folder: Path, config: dict) -> bool:
