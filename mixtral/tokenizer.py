@@ -13,9 +13,9 @@ START, END = "<|im_start|>", "<|im_end|>"  # ChatML's, around each message
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
-    Added tokens are named by added_tokens.json or tokenizer_config.json beside the model.
-    bos_id and eos_id are SentencePiece's own, and n_words is one more than the largest id that
-    has a name. Raises FileNotFoundError or ValueError if a file is not what it should be.
+    added_tokens.json or tokenizer_config.json beside the model names the added tokens. bos_id and
+    eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
+    Raises FileNotFoundError or ValueError if a file is not what it should be.
     """
 
     def __init__(self, model_path: str | Path):
@@ -37,8 +37,8 @@ class Tokenizer:
         longest_first = sorted(self.added_ids, key=len, reverse=True)
         self.added_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
-        # Where "legacy" is true, which it is by default, each piece of text between added tokens is
-        # encoded as a whole text is.
+        # By default, which is called legacy, each piece of text between added tokens is encoded as
+        # SentencePiece encodes a whole text, with a space before it.
         self.legacy = bool(config.get("legacy", True))
         self.is_chatml = START in self.added_ids and END in self.added_ids
         self.chatml_has_bos = template_has_bos(path.parent, config)
@@ -55,7 +55,7 @@ class Tokenizer:
         if not self.added_ids:
             tokens += self.sp_model.encode(s)
         else:
-            # Pieces of text stand at even places, the added tokens between them at odd ones.
+            # split() returns a piece of text, an added token, a piece of text, and so on.
             for i, part in enumerate(self.added_pattern.split(s)):
                 if i % 2 == 1:
                     tokens.append(self.added_ids[part])
@@ -66,7 +66,7 @@ class Tokenizer:
         return tokens
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
-        """Encode a piece of text between added tokens, which are letters if it has any."""
+        """Encode a piece of text between added tokens. Their names in it would be letters."""
         if self.legacy or (is_first and not text.startswith((" ", "▁"))):
             return self.sp_model.encode(text)
         # SentencePiece puts a space before what it encodes, and here there must be none. It goes
@@ -75,17 +75,18 @@ class Tokenizer:
         return self.sp_model.encode("\n" + text)[len(newline) :]
 
     def decode(self, t: Sequence[int]) -> str:
-        """The text of tokens. Added tokens are their names; control tokens are nothing.
+        """The text of tokens: an added token becomes its name, a control token nothing.
 
-        An id without a name, as in a vocabulary that was padded, is like a control token.
+        An id that has no name, as a padded vocabulary has some, becomes nothing too.
         """
-        # SentencePiece takes a piece that it does not know for text.
+        # SentencePiece takes pieces as well as ids, and leaves a piece that it does not know as it
+        # is. An id without a name is given as bos, which it leaves out.
         bos = self.pieces[self.bos_id]
         return self.sp_model.decode_pieces([self.pieces.get(token, bos) for token in t])
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield decode(tokens) in parts as tokens come, never half a character."""
-        window: list[int] = []  # tokens whose text is not known for good
+        window: list[int] = []  # the latest tokens, which are decoded together
         sent = ""  # what has been yielded of the window's text
         for token in tokens:
             window.append(token)
@@ -95,8 +96,9 @@ class Tokenizer:
             if complete != sent:
                 yield complete[len(sent) :]
                 sent = complete
-            # What follows a token depends on it only in this: a space at the very beginning of a
-            # text is left out. A token with text of its own therefore stands for all before it.
+            # Apart from bytes of one character, tokens matter to those that follow only in this: a
+            # space at the very beginning of a text is left out. Therefore a token that has text of
+            # its own stands for all tokens before it.
             own = self.decode([token])
             if complete == text and own and not own.endswith("\ufffd"):
                 window = [token]
@@ -106,14 +108,14 @@ class Tokenizer:
             yield rest
 
     def is_special(self, token: int) -> bool:
-        """Whether it is a control token or has no name, so that it has no text."""
-        return token not in self.pieces or (
-            token < self.sp_model.vocab_size() and self.sp_model.is_control(token)
-        )
+        """Whether it has no text, being a control token or an id that has no name."""
+        if 0 <= token < self.sp_model.vocab_size():
+            return self.sp_model.is_control(token)
+        return token not in self.pieces
 
     def is_byte(self, token: int) -> bool:
         """Whether it is one byte, of a character that may have several."""
-        return token < self.sp_model.vocab_size() and self.sp_model.is_byte(token)
+        return 0 <= token < self.sp_model.vocab_size() and self.sp_model.is_byte(token)
 
     def encode_dialog(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
         """Encode a dialog in the model's chat format, for the assistant to continue.
@@ -170,8 +172,9 @@ class Tokenizer:
 
 
 def load_sentencepiece(path: Path) -> SentencePieceProcessor:
+    """Load a tokenizer.model; raises FileNotFoundError or ValueError if it is not one."""
     if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder: give the tokenizer.model in it")
+        raise FileNotFoundError(f"no tokenizer at {path}, a folder: give the tokenizer.model in it")
     if not path.is_file():  # Opening a pipe would wait for its writer.
         raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.model")
     if path.stat().st_size >= 2**26:  # such as weights that were given by mistake
@@ -194,7 +197,7 @@ def all_pieces(sp_model: SentencePieceProcessor) -> list[str]:
 
 
 def describe(content: bytes) -> str:
-    """What a file is that is not a SentencePiece model, and what to do."""
+    """What the content of a file that is not a SentencePiece model is, and what to do."""
     if content.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer in place of the tokenizer: run git lfs pull"
     if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
@@ -248,11 +251,9 @@ def added_by_config(path: Path, config: dict, own: Mapping[int, str]) -> dict[in
             raise ValueError(f"{path}: the added token {number!r:.40} cannot be read")
         if int(number) in own:
             continue
-        for flag in ("lstrip", "rstrip", "single_word"):  # what is around it matters
+        for flag in ("lstrip", "rstrip", "single_word"):  # By these, the text around it matters.
             if entry.get(flag):
-                raise ValueError(
-                    f"{path}: added tokens with {flag}, as {number}, are not supported"
-                )
+                raise ValueError(f"{path}: {flag} of added token {number} is not supported")
         added[int(number)] = entry.get("content", "")
     return added
 
@@ -271,11 +272,11 @@ def check_added_tokens(
 
 
 def template_has_bos(folder: Path, config: dict) -> bool:
-    """Whether a dialog begins with bos: a checkpoint's chat template says so, if it has one."""
+    """Whether ChatML begins with bos, as it does unless the checkpoint's template lacks it."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return "bos_token" in path.read_text(encoding="utf-8", errors="replace")
-    # A template is a text, or several are a list; in both bos is written as bos_token.
+    # This is one template or a list of several, and in each of them bos is called bos_token.
     template = config.get("chat_template")
     return template is None or "bos_token" in str(template)
 

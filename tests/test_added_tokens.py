@@ -154,11 +154,11 @@ def test_joined_stream_is_decode(tokenizer, tokens):
 
 
 def test_tokens_without_text(tokenizer):
-    for token in (1, 2, 32005, 40000):
+    for token in (1, 2, 32005, 40000, -1):
         assert tokenizer.is_special(token)
     for token in (0, 13, 28705, 31999, 32000, 32001):
         assert not tokenizer.is_special(token)
-    bytes_of = [token for token in range(32010) if tokenizer.is_byte(token)]
+    bytes_of = [token for token in range(-1, 32010) if tokenizer.is_byte(token)]
     assert bytes_of == list(range(3, 259))
 
 
