@@ -79,10 +79,8 @@ class Tokenizer:
 
         An id that has no name, as a padded vocabulary has some, becomes nothing too.
         """
-        # SentencePiece takes pieces as well as ids, and leaves a piece that it does not know as it
-        # is. An id without a name is given as bos, which it leaves out.
-        bos = self.pieces[self.bos_id]
-        return self.sp_model.decode_pieces([self.pieces.get(token, bos) for token in t])
+        # SentencePiece decodes pieces as well as ids, and takes those that it does not know as text.
+        return self.sp_model.decode_pieces([self.pieces.get(token, "") for token in t])
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """Yield decode(tokens) in parts as tokens come, never half a character."""

@@ -226,7 +226,8 @@ def test_files_that_are_not_read(tmp_path):
 
 def test_prompts_that_spell_control_tokens(v1, v3, tmp_path):
     """A hint is a line for a person, given if the names would be letters."""
-    tuned = fine_tune(tmp_path, v1)
+    tuned = fine_tune(tmp_path / "v1", v1)
+    named = fine_tune(tmp_path / "v3", v3, {"<s>": 1, "[INST]": 3, "[/INST]": 4})
     for path, text, hint in (
         (v1, "Hi", None),
         (v1, "[INST] Hi [/INST]", None),  # v1's own format is spelt in letters
@@ -239,6 +240,7 @@ def test_prompts_that_spell_control_tokens(v1, v3, tmp_path):
         (v3, "<s>[INST] Hi [/INST]", "<s>"),
         (tuned, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", None),
         (tuned, "[INST] Hi [/INST]", None),
+        (named, "<s>[INST] Hi [/INST]", None),  # they become what they spell
     ):
         said = Tokenizer(path).chat_hint(text)
         assert (said is None) == (hint is None)
