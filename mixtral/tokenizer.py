@@ -79,7 +79,7 @@ class Tokenizer:
 
         An id that has no name, as a padded vocabulary has some, becomes nothing too.
         """
-        # SentencePiece decodes pieces as well as ids, and takes those that it does not know as text.
+        # SentencePiece decodes pieces as well as ids, and takes those it does not know as text.
         return self.sp_model.decode_pieces([self.pieces.get(token, "") for token in t])
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
