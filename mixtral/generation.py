@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,9 @@ from torch import Tensor
 from .checkpoint import load_checkpoint, read_eos_ids, read_params
 from .devices import check_memory, find_devices
 from .model import ModelArgs, Span, Transformer, has_amx, send
-from .tokenizer import Tokenizer
+from .tokenizer import Dialog, Message, Tokenizer
 
 logger = logging.getLogger(__name__)
-
-
-class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-Dialog = Sequence[Message]
 
 
 class Logprobs(TypedDict, total=False):

@@ -4,8 +4,17 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal, TypedDict
 
 from sentencepiece import SentencePieceProcessor
+
+
+class Message(TypedDict):
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+Dialog = Sequence[Message]
 
 START, END = "<|im_start|>", "<|im_end|>"  # ChatML's, around each message
 
@@ -115,7 +124,7 @@ class Tokenizer:
         """Whether it is one byte, of a character that may have several."""
         return 0 <= token < self.sp_model.vocab_size() and self.sp_model.is_byte(token)
 
-    def encode_dialog(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_dialog(self, dialog: Dialog) -> list[int]:
         """Encode a dialog in the model's chat format, for the assistant to continue.
 
         No message can contain a control token or an added one: their names are letters in it.
@@ -126,7 +135,7 @@ class Tokenizer:
             return self._encode_chatml(dialog)
         return self._encode_instruct(dialog)
 
-    def _encode_chatml(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
+    def _encode_chatml(self, dialog: Dialog) -> list[int]:
         """Each message as <|im_start|>role\\ncontent<|im_end|>\\n, and the next one's beginning."""
         start = self.added_ids[START]
         end = self.added_ids[END]
@@ -137,7 +146,7 @@ class Tokenizer:
             tokens += [start, *self._encode_piece(text, is_first=False), end, *newline]
         return [*tokens, start, *self._encode_piece("assistant\n", is_first=False)]
 
-    def _encode_instruct(self, dialog: Sequence[Mapping[str, str]]) -> list[int]:
+    def _encode_instruct(self, dialog: Dialog) -> list[int]:
         """Mistral's format: v1 (8x7B) spells [INST] in letters, v3 (8x22B) has a token for it."""
         texts = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
@@ -289,7 +298,7 @@ def check_text(s: object) -> None:
         raise ValueError(f"a text must be a string of valid Unicode, not {s!r:.60}")
 
 
-def check_dialog(dialog: Sequence[Mapping[str, str]]) -> None:
+def check_dialog(dialog: Dialog) -> None:
     """Raise ValueError if dialog is not a list of messages whose roles take turns."""
     if not isinstance(dialog, (list, tuple)) or not dialog:
         raise ValueError(f"a dialog must be a list of messages, not {dialog!r:.60}")
