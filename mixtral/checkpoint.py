@@ -385,7 +385,3 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
             rate = f"{done / (time.time() - begin) / 1e9:.1f} GB/s, {name}"
             text = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate}"
             report(f"\r{text if done < total else ''}\033[K" * terminal, end="")
-
-
-def read_eos_ids(ckpt_dir):
-    return set()
