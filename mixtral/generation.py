@@ -1,5 +1,6 @@
 """Prompts in, text out: `Mixtral`, with the methods and results of Llama 2's `Llama`."""
 
+import logging
 import math
 import threading
 import time
@@ -12,9 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import check_memory, load_checkpoint, read_params, report
+from .checkpoint import load_checkpoint, read_params
+from .devices import check_memory, find_devices
 from .model import ModelArgs, Span, Transformer
 from .tokenizer import Tokenizer
+
+report = logging.getLogger(__name__).info
 
 # Prompts are read in passes of at most so many tokens: enough to keep matrix units busy
 # and few enough to bound the memory for activations.
@@ -338,16 +342,6 @@ class CacheOwner:
 def require(good: bool, message: str) -> None:
     if not good:
         raise ValueError(message)
-
-
-def find_devices(num_gpus: int) -> list[str]:
-    """The devices to spread experts over. Raises ValueError if there are too few."""
-    good = type(num_gpus) is int and num_gpus in (0, 1, 2, 4, 8)
-    require(good, f"num_gpus must be 1, 2, 4, 8 or 0 for the CPU, not {num_gpus!r}")
-    visible = torch.cuda.device_count()
-    few = f"num_gpus is {num_gpus}, but {visible} GPUs are visible: use fewer, or 0"
-    require(num_gpus <= visible, f"{few} for the CPU")
-    return [f"cuda:{i}" for i in range(num_gpus)] or ["cpu"]
 
 
 def check_request(

@@ -26,7 +26,7 @@ ATTENTION += [SDPBackend.MATH]
 MOVE_WEIGHTS = 128
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArgs:
     """The sizes of a model, by default 8x7B's, and of its cache of keys and values.
 
@@ -242,6 +242,12 @@ class MoE(nn.Module):
         work = [(e, e.fetch(part)) for e, part in work]  # copies first,
         outs = [expert(part) for expert, part in work]  # all work under way,
         return torch.cat([out.to(tokens.device) for out in outs])  # copies back last
+
+
+def deal(n_experts: int, n_places: int) -> list[int]:
+    """How many experts each place gets, as evenly as possible: the first ones get one more."""
+    each, rest = divmod(n_experts, n_places)
+    return [each + 1] * rest + [each] * (n_places - rest)
 
 
 def stack(n: int, rows: int, columns: int, place: dict, factory: dict) -> Iterator[Linear]:
