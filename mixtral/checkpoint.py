@@ -629,7 +629,7 @@ def advise(path: Path, error: Exception) -> str:
     if is_old_pickle(path):
         return (
             "it is a pickle of the kind before PyTorch 1.6, which cannot be mapped: convert it "
-            "with torch.save(torch.load(path, weights_only=True), path)"
+            'with torch.save(torch.load(path, "cpu", weights_only=True), path)'
         )
     if path.name == TORRENT:
         return f"join or download it again; 8x7B's md5 is {TORRENT_MD5}"

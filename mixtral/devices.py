@@ -351,7 +351,8 @@ def control_groups(root: Path) -> Iterator[Path]:
         return
     top = root / "sys/fs/cgroup"
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if controllers == "":  # version 2, which has this folder to itself or a part of it
             hierarchies = [top, top / "unified"]
         elif "memory" in controllers.split(","):
