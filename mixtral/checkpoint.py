@@ -135,23 +135,26 @@ def find_files(folder: Path) -> Found:
     names = {path.name for path in folder.iterdir()}
     ladder = published_sets(folder, names)
 
-    complete: list[list[str]] = []
+    chosen: list[str] = []
+    unread: list[str] = []
     for sets in ladder:
-        whole = [files for files in sets if names.issuperset(files)]
-        if len(whole) > 1 and not complete:
+        complete = [files for files in sets if names.issuperset(files)]
+        if chosen:
+            unread += [files[0] for files in complete if files[0] not in chosen]
+        elif len(complete) > 1:
+            pair = f"{complete[0][0]} and {complete[1][0]}"
             raise FileNotFoundError(
-                f"in {folder}: two complete sets of weights, {whole[0][0]} and {whole[1][0]}: "
-                "move one elsewhere"
+                f"in {folder}: two complete sets of weights, {pair}: move one elsewhere"
             )
-        complete += whole
-    if not complete:
+        elif complete:
+            chosen = complete[0]
+    if not chosen:
         raise FileNotFoundError(f"in {folder}: {what_is_missing(folder, names, ladder)}")
 
-    files, *others = complete
-    for name in files:
+    for name in chosen:
         if not (folder / name).is_file():  # reading a pipe would wait for its writer
             raise FileNotFoundError(f"in {folder}: {name} is not a regular file: replace it")
-    return Found([folder / name for name in files], [other[0] for other in others])
+    return Found([folder / name for name in chosen], unread)
 
 
 def published_sets(folder: Path, names: set[str]) -> list[list[list[str]]]:
@@ -535,13 +538,13 @@ class Progress:
     def __init__(self, total: int):
         self.total = total
         self.done = 0
-        self.begin = time.time()
+        self.begin = time.perf_counter()
 
     def add(self, name: str, size: int) -> None:
         self.done += size
         text = ""  # once all is loaded, the line is empty again
         if self.done < self.total:
-            rate = self.done / (time.time() - self.begin)
+            rate = self.done / (time.perf_counter() - self.begin)
             gigabytes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
             text = f"{gigabytes}, {rate / 1e9:.1f} GB/s, {name}"
         show_on_terminal(f"\r{text}\033[K")

@@ -127,6 +127,15 @@ def test_the_index_decides(copy_of, source, stale, logged, name, index):
     assert len(logged) == 1 and f"not from {ARCHIVE}" in logged[0]
 
 
+def test_an_index_of_one_file(copy_of, source, logged):
+    folder = copy_of("D")
+    names = load_file(folder / ONE_FILE)
+    index = {"weight_map": dict.fromkeys(names, ONE_FILE)}
+    put(INDEX, json.dumps(index).encode())(folder)
+    assert_loads(folder, source)
+    assert logged == []
+
+
 def test_the_index_of_pickles_decides(copy_of, source, stale):
     folder = copy_of("bin-sharded")
     add_weights(folder, stale / "bin-sharded", 5)
