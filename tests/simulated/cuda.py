@@ -142,7 +142,8 @@ class Simulation(Queues, TorchDispatchMode):
         source, place = data.device, to.device
         if self.recording:
             raise RuntimeError(f"a copy to {place} while a device is recorded")
-        self.copies.append((str(source), str(place), data.nbytes))
+        # PyTorch converts where the data is, before it crosses.
+        self.copies.append((str(source), str(place), to.nbytes))
         if place == CPU and not non_blocking:
             self.waited("copy_")
         if CPU in (source, place):
@@ -343,6 +344,8 @@ def simulated_cuda(
         "device_count": lambda: count,
         "current_device": lambda: sim.current,
         "get_device_capability": lambda device=None: capability,
+        "memory_reserved": lambda device: sim.bytes(device),
+        "empty_cache": lambda: None,
         "mem_get_info": lambda device: (memory - sim.bytes(device), memory),
         "CUDAGraph": functools.partial(Graph, sim),
         "Event": functools.partial(Event, sim),
