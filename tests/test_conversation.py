@@ -136,6 +136,7 @@ class Interrupted:
             stream = real(generator, tokens, *args)
             if len(self.prompts) > 1:
                 yield from stream
+                return
             for _ in range(3):
                 yield next(stream)
             raise KeyboardInterrupt
