@@ -53,7 +53,7 @@ def main(
     num_gpus: spread the experts over this many GPUs; 0 runs on the CPU
     prompt: complete this text instead of the script's prompts; - reads standard input
     stream: complete one prompt after the other and print the text as it comes
-    chat: answer the prompt, or hold a conversation; needs an Instruct model, and more tokens
+    chat: an Instruct model answers the prompt, or what you type; raise max_seq_len for it
     cpu_layers: keep the experts of the last N layers in host memory
     int8: keep the experts in 8 bits
     dtype: compute in bfloat16, float16 (for GPUs without bfloat16) or float32
@@ -84,6 +84,7 @@ def complete(
     experts: bool,
     experts_svg: str | None,
 ) -> None:
+    """Print each prompt and its completion; if stream, as it comes."""
     completions: Iterable[Iterable[int]]
     if stream:
         completions = [generator.stream_tokens(each, *sampling) for each in tokens]

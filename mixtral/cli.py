@@ -54,8 +54,12 @@ def run(main: Callable[..., None], argv: list[str]) -> int:
     An error becomes one line on stderr.
     """
     replace_closed_outputs()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A notebook's is not.
-        sys.stdout.reconfigure(errors="backslashreplace")  # A terminal may have no é.
+    # What cannot be decoded is marked, as it is in argv, and the tokenizer refuses it. What
+    # cannot be encoded is printed as an escape. In a notebook the streams are of other types.
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     code = 0
     try:
         if "-h" in argv or "--help" in argv:
@@ -92,7 +96,7 @@ def options_of(main: Callable[..., None]) -> Options:
 
 
 def print_help(main: Callable[..., None]) -> None:
-    """Print main's docstring: a summary, an empty line, and a line "name: text" an option."""
+    """Print main's docstring: a summary, an empty line, and "name: text" for each option."""
     summary, _, lines = (inspect.getdoc(main) or "").rpartition("\n\n")
     print("usage: python example_text_completion.py CKPT_DIR TOKENIZER_PATH [OPTIONS]")
     print(f"\n{summary}\n\nOptions, their defaults, and what they do:")
@@ -232,6 +236,12 @@ def read_prompts(prompt: str | None, chat: bool, default: list[str]) -> list[str
     return [] if chat else default
 
 
+def dtype_of(name: str) -> "torch.dtype":
+    import torch
+
+    return getattr(torch, name)
+
+
 def check_prompts(
     tokenizer_path: str,
     prompts: list[str],
@@ -253,12 +263,13 @@ def check_prompts(
         tokens = [tokenizer.encode_dialog([user(prompt)]) for prompt in prompts]
     else:
         tokens = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-        warn_of_chat_formats(tokenizer, prompts)
     # Of a model's sizes only these three matter to a request.
     args = ModelArgs(vocab_size=tokenizer.n_words, **cache_size._asdict())
     requests = [[each] for each in tokens] if one_by_one and tokens else [tokens]
     for request in requests:
         check_request(request, args, *sampling)
+    if not chat:
+        warn_of_chat_formats(tokenizer, prompts)
     if tokens:
         warn_of_cuts(max(map(len, tokens)), cache_size.max_seq_len, sampling.max_gen_len)
     return tokens
@@ -276,12 +287,6 @@ def warn_of_chat_formats(tokenizer: "Tokenizer", prompts: list[str]) -> None:
         hint = chat_hint(prompt)
         if hint:
             logger.warning("%s", hint)
-
-
-def dtype_of(name: str) -> "torch.dtype":
-    import torch
-
-    return getattr(torch, name)
 
 
 def warn_of_cuts(longest: int, max_seq_len: int, max_gen_len: int) -> None:

@@ -80,6 +80,10 @@ def test_prompt_from_standard_input(run, checkpoint, monkeypatch):
         assert run(*args, *typed).out == want.out
     monkeypatch.setattr(sys, "stdin", io.StringIO("é " * 2**17))
     assert_refused(run(*args, "--prompt", "-"), r"\b\d{6} tokens", "max.seq.len")
+    for chat in ("--chat", "--chat=False"):
+        latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", latin)
+        assert_refused(run(*args, "--prompt", "-", chat), "Unicode", r"caf\\udce9")
     monkeypatch.setattr(sys, "stdin", None)  # closed when Python started
     assert_refused(run(*args, "--prompt", "-"), "standard input is closed")
     assert_refused(run(*args, "--chat"), "standard input is closed")
