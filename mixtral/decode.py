@@ -1,15 +1,9 @@
 """How one new token per row is computed fast on GPUs: `step`, run once and then recorded.
 
-`step` is the arithmetic of model.py once more, one or two kernel launches a line. The work of
-one device between two copies is recorded as a CUDA graph, so that the host's part of a step is
-a list of calls: on N devices N + 1 replays and 2 (N - 1) copies per layer, on one device a
-single replay for the whole step.
-
-Nothing is overwritten before it is read, although all layers and steps share their buffers and
-no events are used: a copy between two devices makes the source's stream wait for the
-destination's, runs on the source's stream, and then makes the destination's stream wait for it.
-So the packing, the copy out, the experts, the copy back and the sum of a layer, and those of
-the next, run one after the other.
+`step` is the arithmetic of model.py once more, one or two kernel launches a line. Each device's
+work up to the next copy is one CUDA graph, so that the host's part of a step is a list of calls.
+With one device that is a single replay for the whole step; with N it is N + 1 replays and
+2 (N - 1) copies per layer.
 """
 
 import contextlib
@@ -45,21 +39,23 @@ class Decoder:
         capability = min(map(torch.cuda.get_device_capability, model.devices))
         if capability < (8, 0):
             raise RuntimeError("the kernels need compute capability 8.0")
+        # Up to the first number that holds max_batch_size rows.
         numbers = [n for n in RECORDED_ROWS if n < 2 * model.params.max_batch_size]
         self.max_rows = numbers[-1]
         # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever the number
         # of rows, so that Triton compiles a kernel once.
         self.inputs = torch.zeros(3, RECORDED_ROWS[-1], dtype=torch.long, device=model.device)
-        # The model holds its decoder. Were the decoder to hold the model, both would stay in
-        # memory after their last use until Python searches for such circles.
+        # The model holds its decoder. A weak reference back avoids a circle, so that both leave
+        # memory as soon as they are no longer used.
         weak_model = cast(Transformer, weakref.proxy(model))
         recorder = Recorder(model.devices)
+        model.n_passes += 1  # the steps that are run below write to the cache
         gc.collect()  # frees now what must not be freed during a recording
         self.steps: dict[int, Callable[[], Tensor]] = {}
         begin = time.time()
         for n in numbers:
             self.steps[n] = record(weak_model, self.inputs[:, :n], recorder)
-            if time.time() - begin > 1:
+            if time.time() - begin > 1:  # as when Triton compiles
                 logger.info("Recorded the decode step for %d of %d rows", n, self.max_rows)
 
     def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
@@ -81,13 +77,14 @@ def step(run: "Launch", model: Transformer, inputs: Tensor, buffers: "Buffers") 
         attention = layer.attention
         moe = layer.feed_forward
         cache = (attention.cache_k, attention.cache_v, rows, positions)
+        # (T, (n_heads + 2 n_kv_heads) head_dim)
         qkv = kernels.linear(layer.attention_norm(h), attention.wqkv)
         q = kernels.rope_and_cache(qkv, model.freqs_cis, *cache)  # (T, n_heads, head_dim)
         heads = kernels.attention(q, *cache)  # (T, n_heads head_dim)
         h = kernels.linear(heads, attention.wo.weight, residual=h)
         x = layer.ffn_norm(h)
-        logits = kernels.linear(x, moe.gate.weight)  # (T, num_experts)
-        h = add_mixture(run, moe, x, logits, h, buffers)
+        gate_logits = kernels.linear(x, moe.gate.weight)  # (T, num_experts)
+        h = add_mixture(run, moe, x, gate_logits, h, buffers)
     return kernels.linear(model.norm(h), model.output.weight).float()
 
 
@@ -129,7 +126,12 @@ def local_experts(
 def experts_on_devices(
     run: "Launch", moe: MoE, x: Tensor, logits: Tensor, h: Tensor, buffers: "Buffers"
 ) -> Tensor:
-    """Send all tokens to every device, and add up what its experts make of them."""
+    """Send all tokens to every device, and add up what its experts make of them.
+
+    All layers share their buffers, and nothing is overwritten before it is read: PyTorch makes
+    both devices' streams wait for one another around a copy. So the packing, the copies, the
+    experts and the sum of a layer are done before the next layer packs.
+    """
     others = range(1, len(moe.stacks))
     buffers.pack(x, logits)
     for i in others:
@@ -140,8 +142,8 @@ def experts_on_devices(
     local_experts(moe, 0, x, logits, out=buffers.sums[0])
     for i in others:
         run.host(buffers.parts[i].copy_, buffers.sums[i])
-    run.on(0)
-    return h.add_(buffers.parts.sum(0))
+    run.on(0)  # once more, since a host call ends a device's part
+    return h.add_(buffers.parts.sum(0))  # (T, dim)
 
 
 def experts_on_host(
@@ -159,9 +161,9 @@ def mix_on_host(moe: MoE, buffers: "Buffers") -> None:
 
 
 class Buffers:
-    """What the mixture of experts of T tokens is written to; all layers share it.
+    """What travels between devices in a layer: packed[i] to device i, sums[i] back as parts[i].
 
-    It exists before a recording, in which no memory of another device can be had.
+    All layers share it. It exists before a recording, which can allocate on one device only.
     """
 
     def __init__(self, T: int, model: Transformer):
@@ -173,11 +175,11 @@ class Buffers:
         self.packed = [torch.empty(size, dtype=dtype, device=each) for each in model.devices]
         # Sums over a device's experts come back in float32, so that the number of devices
         # changes the text as little as it can.
-        like_sums = functools.partial(torch.empty, dtype=torch.float32)
-        self.parts = like_sums(len(model.devices), *self.x_shape, device=model.device)
-        self.sums = [self.parts[0]]
+        parts_shape = (len(model.devices), *self.x_shape)
+        self.parts = torch.empty(parts_shape, dtype=torch.float32, device=model.device)
+        self.sums = [self.parts[0]]  # the first device writes its sum in place
         for device in model.devices[1:]:
-            self.sums.append(like_sums(self.x_shape, device=device))
+            self.sums.append(torch.empty(self.x_shape, dtype=torch.float32, device=device))
 
     def pack(self, x: Tensor, logits: Tensor) -> None:
         torch.cat((x.flatten(), logits.flatten()), out=self.packed[0])
@@ -259,6 +261,7 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
             return step(run, model, inputs, buffers)
 
     launch()  # compiles, which a recording cannot
+    # A recording uses another stream, which does not wait for what has been launched.
     for device in recorder.devices:
         torch.cuda.synchronize(device)
     tape = Tape(recorder)
@@ -267,7 +270,8 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
             logits = step(tape, model, inputs, buffers)
     except RuntimeError as error:
         recorder.renew_pools()
-        why = str(error).partition("\n")[0]
+        cause = error.__context__ or error  # the end of a failed recording fails too
+        why = str(cause).partition("\n")[0]
         logger.warning("decoding %d rows without CUDA graphs, slower: %s", inputs.shape[1], why)
         return launch
 

@@ -9,14 +9,14 @@ makes GPUs fast at one new token per row.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# cuDNN's is left out: it prepares itself anew for every length of a prompt.
+# cuDNN's is left out: it makes a new plan for every length of a prompt.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 # A GPU processes slices of at least so many tokens even if their expert is in host memory. Its
@@ -93,13 +93,13 @@ class Place(NamedTuple):
 
 
 class Fixed(nn.Module):
-    """A module whose parameters may be slices of larger tensors that are used as a whole.
+    """A module whose parameters may be slices of larger tensors that products use as a whole.
 
-    They can be filled, but to replace them would leave the larger tensor behind. So what
-    replaces parameters raises RuntimeError: .to(), .float(), load_state_dict(assign=True).
+    They can be filled in place, but not replaced, since the larger tensor would stay as it was:
+    .to(), .float() and load_state_dict(assign=True) raise RuntimeError.
     """
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> "Fixed":
+    def _apply(self, fn: Callable, recurse: bool = True) -> NoReturn:
         raise RuntimeError("a model stays as it was built: build another for this device or dtype")
 
     def _load_from_state_dict(
@@ -139,11 +139,12 @@ def has_amx() -> bool:
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, in_features) times the transpose of weight (out_features, in_features)."""
     onednn = torch.backends.mkldnn
-    if len(x) > 1 or x.is_cuda or has_amx() or not onednn.enabled:
+    # One row in bfloat16 on an AMD Zen 4 core: PyTorch's own kernel reads 21 GB/s, oneDNN, which
+    # repacks the weight at every call, 10. On an Intel Xeon with AMX it is 6 against 10.
+    own_is_faster = len(x) == 1 and not x.is_cuda and not has_amx()
+    if not own_is_faster or not onednn.enabled:
         return F.linear(x, weight)
-    # For a single row on an AMD Zen 4, PyTorch's own kernel is twice as fast as oneDNN, which
-    # repacks the weight at every call. On an Intel Xeon with AMX it is the slower one.
-    onednn.enabled = False  # type: ignore[assignment]  # a property of the module, to mypy unknown
+    onednn.enabled = False  # type: ignore[assignment]  # mypy does not see that it is a property
     try:
         return F.linear(x, weight)
     finally:
@@ -152,9 +153,10 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """linear() for a weight whose rows are multiplied by scale (out_features,)."""
-    # PyTorch's 8-bit product reads rows in steps of 16 bytes, even beyond their end.
+    # PyTorch's 8-bit product has no GPU kernel, is slow for many rows, and reads rows in steps of
+    # 16 bytes, even beyond their end.
     if x.is_cuda or len(x) > 32 or weight.shape[1] % 16:
-        return F.linear(x, weight.to(x.dtype)) * scale
+        return F.linear(x, weight.to(x.dtype).mul_(scale[:, None]))
     return torch._weight_int8pack_mm(x, weight, scale)
 
 
@@ -200,7 +202,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         qkv = linear(x, self.wqkv)  # (T, (n_heads + 2 n_kv_heads) head_dim)
-        qkv = qkv.view(len(x), -1, self.head_dim)
+        qkv = qkv.view(len(x), -1, self.head_dim)  # (T, n_heads + 2 n_kv_heads, head_dim)
         xqk, xv = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=1)
         xqk = apply_rotary_emb(xqk, batch.freqs_cis)
         xq, xk = xqk.split((self.n_heads, self.n_kv_heads), dim=1)
@@ -218,12 +220,13 @@ class Attention(nn.Module):
         if span.length == 1:
             # One position needs no mask, so the n_rep query heads of a key head can be n_rep
             # queries of it: keys are read once.
-            q = q.view(1, self.n_kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(q, k[None], v[None]).view(1, -1)
-        # The batch axis is which query head of its group, so that keys expand without a copy.
+            q = q.view(1, self.n_kv_heads, -1, self.head_dim)  # (1, n_kv_heads, n_rep, head_dim)
+            return F.scaled_dot_product_attention(q, k[None], v[None]).reshape(1, -1)
+        # Axis 0 counts the n_rep query heads that share a key head, as if they were a batch: keys
+        # expand to it without a copy.
         q = q.unflatten(1, (self.n_kv_heads, -1))  # (length, n_kv_heads, n_rep, head_dim)
         q = q.permute(2, 1, 0, 3)  # (n_rep, n_kv_heads, length, head_dim)
-        k = k.expand(len(q), -1, -1, -1)
+        k = k.expand(len(q), -1, -1, -1)  # (n_rep, n_kv_heads, end, head_dim)
         v = v.expand(len(q), -1, -1, -1)
         if span.start == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -235,7 +238,8 @@ class Attention(nn.Module):
 
 def causal_lower_right(length: int, end: int) -> Tensor:
     """The mask of the last `length` of `end` positions, each of which sees what is before it."""
-    from torch.nn.attention import bias  # takes two seconds, which short prompts need not wait
+    # Importing it takes two seconds, which short prompts should not wait for.
+    from torch.nn.attention import bias
 
     return bias.causal_lower_right(length, end)
 
@@ -253,7 +257,7 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
     def bring(self, x: Tensor) -> Tensor:
-        """x on the device that is to process it: where the weights are, unless these move."""
+        """x, moved to where the weights are, unless moving the weights to x is cheaper."""
         device = self.w1.weight.device
         weights_move = device.type == "cpu" and len(x) >= MOVE_WEIGHTS
         return x if weights_move else x.to(device)
@@ -308,11 +312,11 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k = args.num_experts_per_tok
         self.gate = Linear(place.empty(args.num_experts, args.dim))
-        self.places = expert_places
-        self.stacks: list[Stack] = []  # one for each place that is a GPU
+        self.stacks: list[Stack] = []  # in the order of devices; none if in host memory
         experts: list[FeedForward] = []
         for each, n in zip(expert_places, deal(args.num_experts, len(expert_places))):
-            stack = empty_stack(len(experts), n, args, each, place.dtype)
+            first = len(experts)
+            stack = empty_stack(first, n, args, each, place.dtype)
             experts += stack.experts()
             # On the CPU the mapped files become the weights, and a stack is of no use.
             if each.device.type == "cuda":
@@ -330,18 +334,19 @@ class MoE(nn.Module):
         # Sorted by expert, the (token, choice) pairs of an expert are a slice.
         expert_of_pair, pairs = chosen.flatten().sort(stable=True)  # (T * top_k,)
         ids = torch.arange(len(self.experts), device=x.device)
-        ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)
+        ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)  # (num_experts,)
         tokens = x[pairs // self.top_k]  # (T * top_k, dim)
-        out = torch.empty_like(tokens)
+        out = torch.empty_like(tokens)  # in the order of pairs that x has
         if self.grouped:
             out[pairs] = self.all_at_once(tokens, ends)
         else:
             out[pairs] = self.one_by_one(tokens, ends)
-        return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
+        out = out.view(*chosen.shape, -1)  # (T, top_k, dim)
+        return (out * weights[..., None]).sum(dim=1)
 
     def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """The slices of tokens, of which expert e's ends at ends[e], after their experts."""
-        slices = tokens.tensor_split(ends.tolist()[:-1])  # the layer's one wait
+        slices = tokens.tensor_split(ends.tolist()[:-1])  # the host waits for the ends
         used = [(expert, part) for expert, part in zip(self.experts, slices) if len(part)]
         # Copies to all devices are made first, so that all of these work at the same time.
         inputs = [expert.bring(part) for expert, part in used]
@@ -369,15 +374,15 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.attention = Attention(args, place)
         self.feed_forward = MoE(args, place, expert_places)
-        self.attention_norm = norm(args, place)
-        self.ffn_norm = norm(args, place)
+        self.attention_norm = rms_norm(args, place)
+        self.ffn_norm = rms_norm(args, place)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         h = x + self.attention(self.attention_norm(x), batch)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-def norm(args: ModelArgs, place: Place) -> nn.RMSNorm:
+def rms_norm(args: ModelArgs, place: Place) -> nn.RMSNorm:
     return nn.RMSNorm(args.dim, args.norm_eps, device=place.device, dtype=place.dtype)
 
 
@@ -387,7 +392,7 @@ class DecodeStep(Protocol):
     max_rows: int
 
     def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Logits, float32 (T, vocab), given (T,) each."""
+        """Logits, float32 (T, vocab); each argument is (T,)."""
 
 
 class Transformer(Fixed):
@@ -395,7 +400,7 @@ class Transformer(Fixed):
 
     The experts of a layer are dealt out to the devices in order, or are in host memory in the
     last cpu_layers layers; all else is on devices[0]. A device may be named more than once.
-    Raises ValueError if the devices cannot share the experts.
+    Raises ValueError if the devices cannot share the experts, or another argument cannot be.
     """
 
     freqs_cis: Tensor
@@ -417,10 +422,12 @@ class Transformer(Fixed):
             raise ValueError(f"{self.devices} are not all of one type")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
+        if not 0 <= cpu_layers <= params.n_layers:
+            raise ValueError(f"cpu_layers must be 0 to {params.n_layers}, not {cpu_layers}")
         self.params = params
         self.device = self.devices[0]
         self.decoder: DecodeStep | None = None  # attached by generation.py, made by decode.py
-        self.n_passes = 0  # so that who has written to the cache can tell whether others did
+        self.n_passes = 0  # so that a writer of the cache notices other writers
 
         place = Place(self.device, dtype)
         expert_dtype = torch.int8 if int8 else dtype
@@ -434,7 +441,7 @@ class Transformer(Fixed):
             places = on_devices if i < params.n_layers - cpu_layers else on_host
             layers.append(TransformerBlock(params, place, places))
         self.layers = module_list(layers)
-        self.norm = norm(params, place)
+        self.norm = rms_norm(params, place)
         self.output = Linear(place.empty(params.vocab_size, params.dim))
         freqs_cis = precompute_freqs_cis(params.head_dim, params.max_seq_len, params.rope_theta)
         self.register_buffer("freqs_cis", freqs_cis.to(self.device), persistent=False)
@@ -445,10 +452,14 @@ class Transformer(Fixed):
 
         start_pos is the position of each row's first token, or one for all rows; the tokens
         before it are in the cache. This is Llama's signature; generation.py has rows of
-        different lengths and calls forward_packed.
+        different lengths and calls forward_packed. Raises ValueError beyond the cache.
         """
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
+        if len(starts) != bsz or bsz > self.params.max_batch_size:
+            raise ValueError(f"{bsz} rows, {len(starts)} starts, and a cache for max_batch_size")
+        if min(starts) < 0 or max(starts) + seqlen > self.params.max_seq_len:
+            raise ValueError(f"{seqlen} tokens from {starts} on are beyond max_seq_len")
         spans = [Span(row, start, seqlen) for row, start in enumerate(starts)]
         return self.forward_packed(tokens.flatten(), spans).view(bsz, seqlen, -1)
 
@@ -469,7 +480,8 @@ class Transformer(Fixed):
         where = torch.tensor([row_of_token, position_of_token], device="cpu")  # (2, T)
         rows, positions = send(where, self.device)
         tokens = send(tokens, self.device)
-        if self.decoder and len(tokens) == len(spans) <= self.decoder.max_rows:
+        one_token_each = len(tokens) == len(spans)
+        if self.decoder and one_token_each and len(spans) <= self.decoder.max_rows:
             return self.decoder(tokens, rows, positions)
         batch = Batch(spans, rows, positions, self.freqs_cis[positions, None])
         with sdpa_kernel(ATTENTION):
@@ -483,7 +495,9 @@ class Transformer(Fixed):
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """x on the device. The host waits for a copy to itself, which it could read too early."""
+    """Copy x to device. Only towards a GPU this need not be waited for: the host could read too
+    early what is copied to itself.
+    """
     return x.to(device, non_blocking=device.type == "cuda")
 
 
@@ -491,5 +505,5 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def module_list(modules: Iterable[Module]) -> Sequence[Module]:
-    """An nn.ModuleList, to a type checker a sequence of what is in it."""
+    """An nn.ModuleList, which type checkers take for a sequence of what is in it."""
     return cast(Sequence[Module], nn.ModuleList(modules))

@@ -16,7 +16,9 @@ class Message(TypedDict):
 
 Dialog = Sequence[Message]
 
-START, END = "<|im_start|>", "<|im_end|>"  # ChatML's, around each message
+# ChatML's, around each message.
+START = "<|im_start|>"
+END = "<|im_end|>"
 
 
 class Tokenizer:
@@ -57,7 +59,8 @@ class Tokenizer:
         """The tokens of a text, with a bos before it and an eos after it if asked for.
 
         An added token is one token wherever the text has it. The names of SentencePiece's own
-        control tokens are letters. Raises ValueError if s is not a string of valid Unicode.
+        control tokens are letters, unless they are among the added ones. Raises ValueError if s is
+        not a string of valid Unicode.
         """
         check_text(s)
         tokens = [self.bos_id] if bos else []
@@ -75,11 +78,11 @@ class Tokenizer:
         return tokens
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
-        """Encode a piece of text between added tokens. Their names in it would be letters."""
+        """Encode text between added tokens; their names in it become plain text."""
         if self.legacy or (is_first and not text.startswith((" ", "▁"))):
             return self.sp_model.encode(text)
-        # SentencePiece puts a space before what it encodes, and here there must be none. It goes
-        # before this newline, which is a byte and so never becomes one token with the text.
+        # SentencePiece adds a space at the beginning, where there must be none. This newline takes
+        # the space and is cut off again; it is a byte, and so never merges with the text.
         newline = self.sp_model.encode("\n")
         return self.sp_model.encode("\n" + text)[len(newline) :]
 
@@ -92,7 +95,12 @@ class Tokenizer:
         return self.sp_model.decode_pieces([self.pieces.get(token, "") for token in t])
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yield decode(tokens) in parts as tokens come, never half a character."""
+        """Yield decode(tokens) in parts as tokens come, never half a character.
+
+        Only two things make a token's text depend on those before it: it may be one byte of a
+        character, and the space at the very beginning of a text is left out. So decoding can start
+        again from any token that has complete text of its own.
+        """
         window: list[int] = []  # the latest tokens, which are decoded together
         sent = ""  # what has been yielded of the window's text
         for token in tokens:
@@ -103,9 +111,6 @@ class Tokenizer:
             if complete != sent:
                 yield complete[len(sent) :]
                 sent = complete
-            # Apart from bytes of one character, tokens matter to those that follow only in this: a
-            # space at the very beginning of a text is left out. Therefore a token that has text of
-            # its own stands for all tokens before it.
             own = self.decode([token])
             if complete == text and own and not own.endswith("\ufffd"):
                 window = [token]
@@ -151,15 +156,15 @@ class Tokenizer:
         texts = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
             system = texts.pop(0)
-            place = -1 if self.is_v3 else 0  # before the user's last message, or the first
+            message = -1 if self.is_v3 else 0  # the user's last one, or the first
             if system:
-                texts[place] = f"{system}\n\n{texts[place]}"
+                texts[message] = f"{system}\n\n{texts[message]}"
         begin = self.sp_model.piece_to_id("[INST]")
         end = self.sp_model.piece_to_id("[/INST]")
         tokens = [self.bos_id]
         for i, text in enumerate(texts):
             if i % 2 == 1:  # the assistant's
-                answer = text.rstrip(" ") if self.is_v3 else text
+                answer = text.rstrip(" ") if self.is_v3 else text  # as mistral-common does
                 tokens += [*self.sp_model.encode(answer), self.eos_id]
             elif self.is_v3:
                 tokens += [begin, *self.sp_model.encode(text), end]
@@ -219,7 +224,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable JSON: download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object: download it again")
@@ -228,8 +233,15 @@ def read_json(path: Path) -> dict:
 
 def read_added_tokens(folder: Path, config: dict, own: Mapping[int, str]) -> dict[int, str]:
     """The tokens that files in folder add to SentencePiece's own, by id."""
-    added = added_by_json(folder / "added_tokens.json", own)
-    return added | added_by_config(folder / "tokenizer_config.json", config, own)
+    by_json = added_by_json(folder / "added_tokens.json", own)
+    by_config = added_by_config(folder / "tokenizer_config.json", config, own)
+    for token, text in by_config.items():
+        if by_json.get(token, text) != text:
+            names = f"{by_json[token]!r:.60} and {text!r:.60}"
+            raise ValueError(
+                f"{folder}: token {token} is {names} in two files: download them again"
+            )
+    return by_json | by_config
 
 
 def added_by_json(path: Path, own: Mapping[int, str]) -> dict[int, str]:
@@ -271,7 +283,8 @@ def check_added_tokens(
     for token, text in added.items():
         if not is_text(text) or not text:
             raise ValueError(f"{folder}: the added token {token} is not a text but {text!r:.60}")
-        # SentencePiece has a meaning of its own for control tokens and bytes, as <0x0A>.
+        # decode() passes the names of added tokens through SentencePiece, which must return them
+        # unchanged. It does not if the name is that of a control token or of a byte, as <0x0A>.
         is_own = token < sp_model.vocab_size()
         if not is_own and sp_model.decode_pieces(["a", text]) != f"a{text}":
             what = f"but it is {sp_model.piece_to_id(text)} in the tokenizer.model"

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.reference import random_transformer, reference_logits, to_transformers
 from helpers.tiny import ARGS, LIMIT, model_of, random_prompts
 
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 from mixtral.checkpoint import load_checkpoint, read_params
-from mixtral.model import Span
+from mixtral.model import Span, linear_int8
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -241,6 +242,45 @@ def test_weights_are_not_replaced():
     other.load_state_dict(state)
     assert_same(model.forward(ROWS), right, atol=0)
     assert_same(other.forward(ROWS), right, atol=0)
+
+
+def test_attention_whose_result_lies_otherwise_in_memory(monkeypatch):
+    """PyTorch's memory-efficient attention returns heads and positions transposed."""
+    model = model_of()
+    right = model.forward(ROWS[:, :5])
+    attention = F.scaled_dot_product_attention
+
+    def transposed(*args, **kwargs):
+        return attention(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", transposed)
+    logits = [model.forward(ROWS[:, i : i + 1], i) for i in range(5)]
+    assert_same(torch.cat(logits, dim=1), right)
+    assert_same(model.forward(ROWS[:, :5]), right)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_int8_does_not_overflow_float16(rows):
+    """The sums of unscaled 8-bit weights would be too large for it."""
+    x = torch.full((rows, 4096), 0.5, dtype=torch.float16)
+    weight = torch.full((16, 4096), 100, dtype=torch.int8)
+    scale = torch.full((16,), 1e-3, dtype=torch.float16)
+    want = x.double() @ (weight * scale.double()[:, None]).T
+    assert_same(linear_int8(x, weight, scale).double(), want, atol=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start"), [(ROWS, 1), (ROWS[:, :2], -1), (ROWS.repeat(3, 1), 0), (ROWS, [0, 0])]
+)
+def test_tokens_beyond_the_cache(tokens, start):
+    with pytest.raises(ValueError, match="max_"):
+        model_of().forward(tokens, start)
+
+
+@pytest.mark.parametrize("cpu_layers", [-1, 3])
+def test_more_layers_on_the_host_than_there_are(cpu_layers):
+    with pytest.raises(ValueError, match="cpu_layers must be 0 to 2"):
+        Transformer(ARGS, cpu_layers=cpu_layers)
 
 
 @pytest.mark.parametrize("field", vars(ARGS))

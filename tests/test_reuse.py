@@ -126,6 +126,16 @@ def test_whoever_writes_to_the_row_makes_it_forget(write):
     check_greedy(generator, [PROMPT], 5)
 
 
+@pytest.mark.parametrize("write", [other_generator, router, the_model])
+def test_a_stream_notices_that_its_cache_was_overwritten(write):
+    generator = tiny()
+    stream = generator.stream_tokens(PROMPT, 0)
+    next(stream)
+    write(generator)
+    with pytest.raises(RuntimeError, match="the model was used between two tokens"):
+        next(stream)
+
+
 def test_an_interrupted_pass_is_not_relied_on(monkeypatch):
     generator = tiny()
     check_greedy(generator, [PROMPT], 5)
