@@ -282,3 +282,12 @@ def test_refused_configs(tmp_path, v1, decoder):
     settings["added_tokens_decoder"] = {"2": {"content": "</s>", "lstrip": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     assert Tokenizer(path).n_words == 32000
+
+
+def test_files_that_contradict_one_another(tmp_path, v1):
+    path = fine_tune(tmp_path, v1)
+    (tmp_path / "added_tokens.json").write_text('{"x<": 32000}')
+    config = {"added_tokens_decoder": {"32000": {"content": "y<"}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="token 32000 is 'x<' and 'y<' in two files"):
+        Tokenizer(path)
