@@ -13,7 +13,7 @@ class SourceArchive(sdist):
 
 
 safetensors = ["safetensors>=0.5"]
-test = ["pytest", "hypothesis", "transformers>=5.17,<6", "mistral-common>=1.8"]
+test = ["pytest", "hypothesis", "transformers>=5.17,<6", "mistral-common>=1.8", "protobuf"]
 triton = ["triton>=3.6; platform_system == 'Linux'"]  # its interpreter needs no GPU
 setup(
     name="mixtral",

@@ -1,27 +1,261 @@
 """Turns a downloaded folder, in any of the published layouts, into parameters.
 
-Files are memory-mapped. All headers are read, and every tensor is compared with the
-model's parameters, before the first weight is read and sent to its device.
+Files are memory-mapped. All headers are read, and every tensor is compared with the model's
+parameters, before the first weight is read and sent to its device.
 """
 
 import contextlib
 import json
-import os
+import logging
 import re
 import struct
 import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .model import Linear, ModelArgs, Transformer
+
+logger = logging.getLogger(__name__)
+
+# The file of the torrent, and the checksum that it has for 8x7B.
+TORRENT = "consolidated.00.pth"
+TORRENT_MD5 = "1faa9bc9b20fcfe81fcd4eb7166a79e6"
+
+
+def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> ModelArgs:
+    """The sizes that a checkpoint's config states, and those given of the cache.
+
+    Raises FileNotFoundError if files are missing, and ValueError if the config is not that of a
+    Mixtral as it was published.
+    """
+    cache_sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
+    args = ModelArgs(**cache_sizes)
+    folder = Path(ckpt_dir)
+    files, unread = find_files(folder)
+    if unread:
+        names = " and ".join(unread)
+        logger.info("%s: weights are read from %s, not from %s", folder, files[0].name, names)
+    path = find_config(folder, files)
+    config = read_config(path)
+    sizes: dict[str, Any] = {
+        f.name: config.get(f.name) for f in fields(args) if f.name not in cache_sizes
+    }
+    if sizes["num_experts"] is None:
+        raise ValueError(f"{path} names no experts: a dense model, not a Mixtral")
+    try:
+        if sizes["head_dim"] is None:
+            sizes["head_dim"] = sizes["dim"] // sizes["n_heads"]
+        args = replace(args, **sizes)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    if args.n_layers * args.num_experts > 2**11:  # building its modules would take minutes
+        raise ValueError(f"{path} gives more layers and experts than any Mixtral has")
+    return args
+
+
+def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
+    """Fill every parameter of the model, in the files' order, four at a time.
+
+    Raises FileNotFoundError or ValueError before any weight is read if the checkpoint is not the
+    model's or a file is damaged. Damage among the weights themselves raises ValueError as they
+    are read.
+    """
+    sources = match(model, Path(ckpt_dir))
+    progress = Progress(sum(source.tensor.nbytes for source in sources.values()))
+    pruned: list[str] = []
+
+    def load(name: str) -> None:
+        tensor, path = sources[name]
+        try:
+            check_values(name, tensor)
+            fill(model, name, tensor)
+        except ValueError as error:
+            raise ValueError(f"{name} in {path} {error}") from error
+        if is_pruned(name, tensor):
+            pruned.append(name)
+
+    with ThreadPoolExecutor(4) as pool:
+        for name, _ in zip(sources, pool.map(load, sources)):
+            progress.add(name, sources[name].tensor.nbytes)
+    if pruned:
+        logger.info(
+            "%s: %d matrices of experts are all zeros, as in a pruned model: %s is the first",
+            ckpt_dir,
+            len(pruned),
+            min(pruned),
+        )
+
+
+def read_eos_ids(ckpt_dir: str | Path) -> set[int]:
+    """The tokens that end a text: eos_token_id of generation_config.json, or else config.json.
+
+    The set is empty if neither names one. Raises ValueError if it is not a token id or a list
+    of them.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = Path(ckpt_dir) / name
+        if not path.is_file():
+            continue
+        eos = load_json(path).get("eos_token_id")
+        if eos is None:
+            continue
+        ids = eos if isinstance(eos, list) else [eos]
+        for token in ids:
+            if type(token) is not int or token < 0:
+                raise ValueError(f"{path}: {str(token)!r:.40} is not a token id")
+        return set(ids)
+    return set()
+
+
+# The files of a folder
+
+
+class Found(NamedTuple):
+    files: list[Path]  # with the weights
+    unread: list[str]  # the first file of each other complete set beside them
+
+
+def find_files(folder: Path) -> Found:
+    """The files with the weights, in whichever published layout the folder has.
+
+    Of several complete sets of files, one that an index names is taken before the others, and
+    safetensors are taken before pickles.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder at {folder}: give the checkpoint's folder")
+    names = {path.name for path in folder.iterdir()}
+    ladder = published_sets(folder, names)
+
+    chosen: list[str] = []
+    unread: list[str] = []
+    for sets in ladder:
+        complete = [files for files in sets if names.issuperset(files)]
+        if chosen:
+            unread += [files[0] for files in complete if files[0] not in chosen]
+        elif len(complete) > 1:
+            pair = f"{complete[0][0]} and {complete[1][0]}"
+            raise FileNotFoundError(
+                f"in {folder}: two complete sets of weights, {pair}: move one elsewhere"
+            )
+        elif complete:
+            chosen = complete[0]
+    if not chosen:
+        raise FileNotFoundError(f"in {folder}: {what_is_missing(folder, names, ladder)}")
+
+    for name in chosen:
+        if not (folder / name).is_file():  # reading a pipe would wait for its writer
+            raise FileNotFoundError(f"in {folder}: {name} is not a regular file: replace it")
+    return Found([folder / name for name in chosen], unread)
+
+
+def published_sets(folder: Path, names: set[str]) -> list[list[list[str]]]:
+    """The sets of files that may hold the weights, the preferred ones first.
+
+    Those in one inner list are equal in rank: if two of them are complete, none can be chosen.
+    """
+    indexed_safetensors = sets_of_indices(folder, names, ".safetensors.index.json")
+    indexed_pickles = sets_of_indices(folder, names, ".bin.index.json")
+    safetensors = [["consolidated.safetensors"], ["model.safetensors"]]
+    if not indexed_safetensors:
+        safetensors += sets_of_shards(names, ".safetensors")
+    pickles = [
+        [TORRENT],
+        [f"consolidated.{i:02}.pt" for i in range(8)],  # the first hub release
+        ["pytorch_model.bin"],
+    ]
+    if not indexed_pickles:
+        pickles += sets_of_shards(names, ".bin")
+    return [indexed_safetensors, safetensors, indexed_pickles, pickles]
+
+
+def sets_of_indices(folder: Path, names: set[str], suffix: str) -> list[list[str]]:
+    """The files that each index of a folder names; a damaged index is as good as none."""
+    sets = []
+    for name in sorted(names):
+        if name.endswith(suffix):
+            with contextlib.suppress(ValueError):
+                files = read_index(folder / name)
+                if files not in sets:
+                    sets.append(files)
+    return sets
+
+
+def read_index(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file: replace it")
+    weight_map = load_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map: download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{path} names {str(file)!r:.80}, which is not a file's name")
+    return sorted(set(weight_map.values()))
+
+
+def sets_of_shards(names: set[str], suffix: str) -> list[list[str]]:
+    """The sets that shards themselves number, as in model-00001-of-00019.safetensors."""
+    shard = re.compile(rf"(.+)-\d{{5}}-of-(\d{{5}}){re.escape(suffix)}", re.DOTALL)
+    matches = [shard.fullmatch(name) for name in names]
+    sets = []
+    for prefix, total in sorted({match.groups() for match in matches if match}):
+        numbers = range(1, int(total) + 1)
+        sets.append([f"{prefix}-{i:05}-of-{total}{suffix}" for i in numbers])
+    return [files for files in sets if files]
+
+
+def what_is_missing(folder: Path, names: set[str], ladder: list[list[list[str]]]) -> str:
+    """Say what the set lacks that lacks the smallest share of its files."""
+    parts = parts_to_join(names)
+    sets = [files for rung in ladder for files in rung]
+    files = max([*sets, parts], key=lambda files: share_present(files, names))
+    if share_present(files, names) == 0:
+        indexed = [*ladder[0], *ladder[2]]
+        if not indexed:
+            return why_no_weights(folder, names)
+        files = indexed[0]
+    present = [name for name in files if name in names]
+    for name in files:
+        if name not in names:
+            return f"{name} is missing: {len(present)} of {len(files)} files are there"
+    return f"parts to join: cat {TORRENT}-split{{0..{len(parts) - 1}}} > {TORRENT}"
+
+
+def parts_to_join(names: set[str]) -> list[str]:
+    """The parts in which mirrors offer the torrent's file: split0, split1, ..."""
+    last = 0
+    for name in names:
+        part = re.fullmatch(rf"{re.escape(TORRENT)}-split(\d\d?)", name)
+        if part:
+            last = max(last, int(part[1]))
+    return [f"{TORRENT}-split{i}" for i in range(last + 1)]
+
+
+def share_present(files: list[str], names: set[str]) -> float:
+    return len(names.intersection(files)) / len(files)
+
+
+def why_no_weights(folder: Path, names: set[str]) -> str:
+    for name in sorted(names):
+        if name.endswith((".safetensors.index.json", ".bin.index.json")):
+            try:
+                read_index(folder / name)
+            except ValueError as error:
+                return f"no weights that can be told without their index: {error}"
+        if name.endswith(".gguf"):
+            return "no weights, but .gguf for llama.cpp"
+    return "no weights: expected consolidated.*, model*.safetensors or pytorch_model*.bin"
+
+
+# Configs
 
 # The hub's keys in config.json, and ModelArgs' fields, which params.json has as keys.
 KEYS = {
@@ -34,17 +268,155 @@ KEYS = {
     "rms_norm_eps": "norm_eps",
 }
 
-# Keys (regular expressions) that change the result unless they have one of these values
-# or an empty one. A list is judged by its elements.
-HARMLESS = {
-    "model_type": ["mixtral", "transformer"],
-    "hidden_act": ["silu", "swish"],
-    "rope_type": ["default"],
-    "layer_types": ["full_attention"],
-    "_?sliding_window|attention_chunk_size|kv_sharing_modes|per_layer_config": [],
-    "yarn|lora|llama_4_scaling|tie_word_embeddings|tied_embeddings": [],
-    "quantization(_config)?|compression_config": [],
+# Keys that change the result unless their value is empty or one of these. A list is judged by
+# its elements.
+HARMLESS: dict[str, tuple[str, ...]] = {
+    "model_type": ("mixtral", "transformer"),
+    "hidden_act": ("silu", "swish"),
+    "rope_type": ("default",),
+    "layer_types": ("full_attention",),
+    "sliding_window": (),
+    "_sliding_window": (),
+    "attention_chunk_size": (),
+    "kv_sharing_modes": (),
+    "per_layer_config": (),
+    "yarn": (),
+    "llama_4_scaling": (),
+    "lora": (),
+    "tie_word_embeddings": (),
+    "tied_embeddings": (),
+    "quantization": (),
+    "quantization_config": (),
+    "compression_config": (),
 }
+
+MAX_JSON = 2**23  # bytes of a config or a header; the published have less than 2**20
+
+
+def find_config(folder: Path, files: list[Path]) -> Path:
+    """The config that was published with these weights, or else the other kind."""
+    names = ["config.json", "params.json"]
+    if files[0].name.startswith("consolidated"):
+        names.reverse()
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"no {names[0]} in {folder}: download it too")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config's values under the names of ModelArgs' fields, and its other keys."""
+    config = flatten(path, load_json(path))
+    if path.name == "config.json" and config.get("sliding_window") == 4096:
+        logger.info("%s: sliding_window 4096 is ignored, since Mixtral has none", path)
+        del config["sliding_window"]
+    refuse_unsupported(path, config)
+    for theirs, ours in KEYS.items():
+        if theirs in config:
+            config[ours] = config[theirs]
+    return config
+
+
+def load_json(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            value = json.loads(file.read(MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a JSON object: download it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object: download it again")
+    return value
+
+
+def flatten(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config with the keys of its experts and of its rotary factors beside the others."""
+    experts = config.get("moe") or {}
+    if not isinstance(experts, dict):
+        raise ValueError(f"{path}: moe is not a JSON object: download it again")
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        rope = {"type": rope}
+    rope_type = rope.get("rope_type") or rope.get("type")
+    default = {"rope_theta": ModelArgs.rope_theta}  # the torrent's config states none
+    return {**default, **config, **experts, **rope, "rope_type": rope_type}
+
+
+def refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
+    for key, harmless in HARMLESS.items():
+        value = config.get(key)
+        if key == "lora" and isinstance(value, dict) and value.get("enable") is False:
+            continue  # mistral-finetune's, merged into the weights
+        for element in value if isinstance(value, list) else [value]:
+            if element and element not in harmless:
+                what = f"{path} has {key} {str(element)!r:.80}"
+                raise ValueError(f"{what}: get the original bfloat16 Mixtral")
+
+
+# Tensors
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Source(NamedTuple):
+    """What a parameter is filled with."""
+
+    tensor: Tensor  # mapped from the file; its rows may be permuted by a view of them
+    path: Path
+
+
+class Part(NamedTuple):
+    """A file's tensor, or a part of it, under the name of the parameter that it fills."""
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: Tensor  # of this shape, or of one that splits its rows in order to permute them
+
+
+def match(model: Transformer, folder: Path) -> dict[str, Source]:
+    """Each parameter's source. Raises ValueError unless the files hold just these tensors."""
+    missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    sources = {}
+    for path in find_files(folder).files:
+        for stored_name, stored in read_file(path).items():
+            if is_rotary_buffer(stored_name):
+                continue
+            what = f"{stored_name!r:.100} in {path} is"
+            if not is_plain(stored):
+                kind = getattr(stored, "dtype", type(stored))
+                raise ValueError(
+                    f"{what} not a plain tensor of floats ({kind}): "
+                    "get the original bfloat16 weights"
+                )
+            for name, shape, tensor in rename(stored_name, stored, model.params):
+                if name not in missing:
+                    raise ValueError(f"{what} {shape}, the model has no place for it")
+                if shape != missing[name]:
+                    raise ValueError(f"{what} {shape}, the model has {missing[name]} for it")
+                del missing[name]
+                sources[name] = Source(tensor, path)
+    if missing:
+        lacks = f"{min(missing)}, in all {len(missing)} tensors"
+        raise ValueError(f"{folder} lacks {lacks}: download it again")
+    return sources
+
+
+def is_rotary_buffer(name: str) -> bool:
+    """Whether it is a table of rotary frequencies, which older tools saved beside the weights."""
+    return re.search(r"(^|\.)(rotary_emb\.inv_freq|rope\.freqs)$", name) is not None
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor of floats that lie in its file in their order."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype in FLOATS
+        and value.layout == torch.strided
+        and not value.is_nested
+        and not value.is_meta
+        and value.is_contiguous()
+        and not value.is_neg()
+    )
+
 
 # Parts of other layouts' tensor names (regular expressions), and the model's own.
 NAMES = {
@@ -55,273 +427,62 @@ NAMES = {
     "post_attention_layernorm": "ffn_norm",
     r"self_attn\.(.)_proj": r"attention.w\1",
     "block_sparse_moe": "feed_forward",
+    r"\.mlp\.": ".feed_forward.",
 }
 
-TORRENT = "consolidated.00.pth"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-MAX_JSON = 2**23  # bytes of a config or a header; the published have less than 2**20
-ACTIVATIONS = 2**30  # bytes a device needs beside weights and cache, generously
 
-
-def report(text: str, end: str = "\n") -> None:
-    """Write to stderr. If that is closed or broken, do nothing."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        sys.stderr.write(text + end)
-        sys.stderr.flush()
-
-
-def find_files(folder: Path) -> list[Path]:
-    """The weights files of the layout that is complete in a folder."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder at {folder}: give the checkpoint's folder")
-    names = {path.name for path in folder.iterdir()}
-    text = " ".join(names)
-    last = max(map(int, re.findall(rf"{TORRENT}-split(\d\d?)\b", text)), default=0)
-    layouts = [[TORRENT], [f"consolidated.{i:02}.pt" for i in range(8)]]
-    layouts += [["consolidated.safetensors"], ["model.safetensors"]]
-    for n in set(re.findall(r"\bmodel-\d{5}-of-(\d{5})\b", text)) - {"00000"}:
-        numbers = range(1, int(n) + 1)
-        layouts.append([f"model-{i:05}-of-{n}.safetensors" for i in numbers])
-    kinds = {f[0].endswith(".safetensors") for f in layouts if names.issuperset(f)}
-    layouts.append([f"{TORRENT}-split{i}" for i in range(last + 1)])
-    files = max(layouts, key=lambda files: len(names.intersection(files)) / len(files))
-    there = [name for name in files if name in names]
-    lost = "".join([name for name in files if name not in names][:1])
-    odd = "".join([name for name in there if not (folder / name).is_file()][:1])
-    parts = "split" in files[0]
-    problems = {
-        "pickles and safetensors: move one kind of weights elsewhere": len(kinds) > 1,
-        "no weights, but .gguf for llama.cpp": not there and ".gguf" in text,
-        "no weights: expected consolidated.* or model*.safetensors": not there,
-        f"{lost} is missing: {len(there)} of {len(files)} files are there": lost,
-        f"{odd} is not a regular file: replace it": odd,
-        f"parts to join: cat {TORRENT}-split{{0..{last}}} > {TORRENT}": parts,
-    }
-    for problem, applies in problems.items():
-        if applies:
-            raise FileNotFoundError(f"in {folder}: {problem}")
-    return [folder / name for name in files]
-
-
-def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-    """The sizes that a checkpoint states, after a check that its files are complete."""
-    room = ModelArgs(max_seq_len=max_seq_len, max_batch_size=max_batch_size)
-    folder = Path(ckpt_dir)
-    hub = find_files(folder)[0].name.startswith("model")
-    configs = ["config.json", "params.json"][:: 1 if hub else -1]
-    path = next((folder / c for c in configs if (folder / c).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"no {configs[0]} in {folder}: download it too")
-    config = read_config(path)
-    sizes = {f.name: config.get(f.name) for f in fields(room) if "max_" not in f.name}
-    if sizes["num_experts"] is None:
-        raise ValueError(f"{path} names no experts: a dense model, not a Mixtral")
-    try:
-        sizes["head_dim"] = sizes["head_dim"] or sizes["dim"] // sizes["n_heads"]
-        params = replace(room, **sizes)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    if params.n_layers * params.num_experts > 2**11:  # too slow to build
-        raise ValueError(f"{path} gives more layers and experts than any Mixtral has")
-    return params
-
-
-def read_config(path: Path) -> dict:
-    """A config's values under the names of ModelArgs' fields, and its other keys."""
-    try:
-        with path.open("rb") as file:
-            config = json.loads(file.read(MAX_JSON))
-        config = {"rope_theta": ModelArgs.rope_theta, **config}  # the torrent has none
-        config |= config.get("moe") or {}
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON object: download it again") from error
-    if path.name == "config.json" and config.get("sliding_window") == 4096:
-        report(f"{path}: sliding_window 4096 is ignored, since Mixtral has none")
-        del config["sliding_window"]
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
-    config |= rope | {"rope_type": rope.get("rope_type") or rope.get("type")}
-    for key, value in config.items():
-        values = value if isinstance(value, list) else [value]
-        for pattern, allowed in HARMLESS.items():
-            wrong = [each for each in values if each and each not in allowed]
-            if wrong and re.fullmatch(pattern, key):
-                what = f"{path} has {key} {str(wrong[0])!r:.80}"
-                raise ValueError(f"{what}: get the original bfloat16 Mixtral")
-    return config | {KEYS[key]: config[key] for key in KEYS if key in config}
-
-
-def check_zip(path: Path) -> None:
-    """Raise if damage to a pickle's archive could displace tensors."""
-    # The pickle has a checksum. The weights' would take too long; but each must lie, at
-    # a multiple of 64 bytes as PyTorch writes it, between its own header and the next.
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
-        ends = [record.header_offset for record in records[1:]] + [archive.start_dir]
-        for record, end in zip(records, ends):
-            file.seek(max(0, record.header_offset) + 26)
-            name, extra = struct.unpack("<2H", file.read(4))
-            start = record.header_offset + 30 + name + extra
-            named = file.read(name) == record.filename.encode()
-            aligned = start > 0 and start % 64 == 0
-            gap = end - start - record.file_size  # at most a data descriptor
-            if not (named and aligned and 0 <= gap < 25) or record.compress_type:
-                raise ValueError(f"{record.filename} is displaced or compressed")
-            if record.filename.endswith("data.pkl"):
-                archive.read(record)
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """A file's tensors under its own names, mapped from it, not read."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(min(size, MAX_JSON)))
-            header.pop("__metadata__", None)
-            size += 8 + max(tensor["data_offsets"][1] for tensor in header.values())
-            if (missing := size - path.stat().st_size) > 0:
-                raise ValueError(f"{missing} of {size} bytes are missing")
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in header}
-        check_zip(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of unusual tensors, refused later
-            # weights_only: a pickle may hold tensors, never code that runs.
-            state = torch.load(path, "cpu", mmap=True, weights_only=True)
-        return {str(name): tensor for name, tensor in state.items()}
-    except Exception as error:  # whatever a damaged file makes its reader raise
-        code = re.search(r"GLOBAL \S+", str(error))
-        why = code[0] if code else " ".join(str(error).partition(". ")[0].split())
-        joined = path.name == TORRENT
-        pointer = path.stat().st_size < 999 and b"git-lfs" in path.read_bytes()
-        advice = {
-            "pip install safetensors": isinstance(error, ImportError),
-            "check the disk and its permissions": isinstance(error, OSError),
-            "it would run code, do not use it elsewhere either": code,
-            "it is a Git LFS pointer, run git lfs pull": pointer,
-            "join or download it again; 8x7B's md5 is 1faa9bc9b20fcfe81fcd4eb7166a79e6": joined,
-            "download it again": True,
-        }
-        what = next(text for text, applies in advice.items() if applies)
-        raise ValueError(f"cannot read {path} ({why[:200]}): {what}") from error
-
-
-def memory_needed(
-    args: ModelArgs,
-    n_devices: int,
-    dtype: torch.dtype = torch.bfloat16,
-    cpu_layers: int = 0,
-    int8: bool = False,
-) -> list[int]:
-    """Bytes on each device and, last, those of the experts that are in host memory."""
-    with torch.device("meta"):
-        one = Transformer(replace(args, n_layers=1), ["meta"], dtype, int8=int8)
-    shared, experts = 0, 0
-    for name, tensor in [*one.named_parameters(), *one.named_buffers()]:
-        if ".experts." in name:
-            experts += tensor.nbytes
-        else:
-            shared += tensor.nbytes * (args.n_layers if "layers." in name else 1)
-    share = experts * (args.n_layers - cpu_layers) // n_devices
-    return [shared + share] + [share] * (n_devices - 1) + [experts * cpu_layers]
-
-
-def check_memory(
-    args: ModelArgs,
-    devices: Sequence[str],
-    dtype: torch.dtype = torch.bfloat16,
-    cpu_layers: int = 0,
-    int8: bool = False,
-) -> None:
-    """Raise RuntimeError, with what would help, if some memory is too small."""
-    n, most = len(devices), 0 if devices[0] == "cpu" else args.n_layers
-    if type(cpu_layers) is not int or not 0 <= cpu_layers <= most:
-        limit = f"0 to {args.n_layers}, or 0 without GPUs"
-        raise ValueError(f"cpu_layers must be {limit}, not {cpu_layers!r}")
-    free, ram = [free_memory(device) for device in devices], free_memory("cpu")
-
-    def lacks(num_gpus: int = n, cpu_layers: int = cpu_layers, int8: bool = int8):
-        *needs, on_host = memory_needed(args, num_gpus, dtype, cpu_layers, int8)
-        needs = [need + ACTIVATIONS for need in needs]
-        # Only the devices that there are: more of them would be alike.
-        return [
-            f"{place} needs {need / 1e9:.1f} GB, {has / 1e9:.1f} GB are free"
-            for place, need, has in [*zip(devices, needs, free), ("host", on_host, ram)]
-            if need > has
-        ]
-
-    def first(ways: list[dict[str, int]]) -> list[dict[str, int]]:
-        return [way for way in ways if not lacks(**way)][:1]
-
-    if not (missing := lacks()):
-        return
-    layers = [{"cpu_layers": k} for k in range(cpu_layers + 1, most + 1)]
-    more = [{"num_gpus": k} for k in (2, 4, 8) if most and k > n]
-    ways = first([{"int8": True}]) + first(more) + first(layers)
-    ways = ways or first([{"int8": True} | way for way in layers])
-    fits = [
-        "it fits with " + " and ".join(k if v is True else f"{k} {v}" for k, v in items)
-        for items in map(dict.items, ways)
-    ]
-    advice = ", ".join(fits) or "lower max_seq_len and max_batch_size"
-    raise RuntimeError(f"the model does not fit: {advice} ({'; '.join(missing)})")
-
-
-def free_memory(device: str) -> int:
-    if device != "cpu":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():  # not Linux
-        return 2**63
-    return int(re.search(r"MemAvailable: +(\d+)", meminfo.read_text())[1]) * 1024
-
-
-def rename(name: str, tensor: Tensor, num_experts: int) -> dict[str, Tensor]:
-    """A file's tensor as the model's: each expert's own if they are stacked in one."""
+def rename(name: str, tensor: Tensor, args: ModelArgs) -> Iterator[Part]:
+    """A file's tensor as the model has it: each expert's own if it stacks them."""
+    is_rotated = re.search(r"self_attn\.[qk]_proj", name)
     for theirs, ours in NAMES.items():
         name = re.sub(theirs, ours, name)
-    stacked = re.fullmatch(r"(layers\.\d+\.feed_forward\.)(w[123])", name)
-    if not stacked:
-        return {name: tensor}
-    prefix, w = stacked.groups()
-    parts = (t.T if w == "w2" else t for t in tensor.chunk(num_experts))
-    return {f"{prefix}experts.{i}.{w}.weight": part for i, part in enumerate(parts)}
+    prefix, _, last = name.rpartition(".")
+
+    # transformers 5: gate_up_proj (experts, 2 * hidden, dim), w1's rows above w3's, and
+    # down_proj (experts, dim, hidden)
+    if last == "gate_up_proj" and tensor.dim() == 3:
+        w1, w3 = tensor.tensor_split(2, dim=1)
+        yield from (expert_part(prefix, e, "w1", part) for e, part in enumerate(w1))
+        yield from (expert_part(prefix, e, "w3", part) for e, part in enumerate(w3))
+    elif last == "down_proj" and tensor.dim() == 3:
+        yield from (expert_part(prefix, e, "w2", part) for e, part in enumerate(tensor))
+
+    # The first hub release: w1, w2 and w3 (experts * hidden, dim), w2 transposed
+    elif re.fullmatch(r"layers\.\d+\.feed_forward\.w[123]", name) and tensor.dim() == 2:
+        for e, part in enumerate(tensor.chunk(args.num_experts)):
+            yield expert_part(f"{prefix}.experts", e, last, part.T if last == "w2" else part)
+
+    # The hub keeps the rotary pairs of a head as two halves, the model side by side.
+    elif is_rotated and tensor.dim() == 2 and len(tensor) % args.head_dim == 0:
+        halves = tensor.unflatten(0, (-1, 2, args.head_dim // 2))  # (heads, 2, head_dim / 2, dim)
+        pairs = halves.transpose(1, 2)  # (heads, head_dim / 2, 2, dim)
+        yield Part(name, tuple(tensor.shape), pairs)
+    else:
+        yield Part(name, tuple(tensor.shape), tensor)
 
 
-def match(model: Transformer, folder: Path) -> dict[str, tuple[Tensor, Path]]:
-    """Each parameter's tensor, perhaps as a permuted view, and the file it is in."""
-    args, found = model.params, {}
-    missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for path in find_files(folder):
-        for original, stored in read_file(path).items():
-            what = f"{original!r:.100} in {path} is"
-            kind = getattr(stored, "dtype", type(stored))
-            odd = kind not in FLOATS or stored.layout != torch.strided
-            if (
-                odd
-                or stored.is_nested
-                or stored.is_meta
-                or not stored.is_contiguous()
-                or stored.is_neg()
-            ):
-                what += f" no plain tensor of floats ({kind})"
-                raise ValueError(f"{what}: get the original bfloat16 weights")
-            for name, tensor in rename(original, stored, args.num_experts).items():
-                shape, wanted = tuple(tensor.shape), missing.pop(name, "no place")
-                if shape != wanted:
-                    raise ValueError(f"{what} {shape}, the model has {wanted} for it")
-                if re.search(r"self_attn\.[qk]_proj", original):
-                    # The hub keeps rotary pairs as halves of a head, not side by side.
-                    pairs = tensor.unflatten(0, (-1, 2, args.head_dim // 2))
-                    tensor = pairs.transpose(1, 2)
-                found[name] = tensor, path
-    if missing:
-        lacks = f"{min(missing)}, in all {len(missing)} tensors"
-        raise ValueError(f"{folder} lacks {lacks}: download it again")
-    return found
+def expert_part(experts: str, e: int, w: str, tensor: Tensor) -> Part:
+    return Part(f"{experts}.{e}.{w}.weight", tuple(tensor.shape), tensor)
+
+
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if the weights are damaged in a way that the logits may not show."""
+    # Rows of unused tokens may be zero.
+    may_have_zeros = name in ("tok_embeddings.weight", "output.weight") or is_pruned(name, tensor)
+    if not may_have_zeros and has_zero_run(tensor):
+        raise ValueError("holds a run of zero bytes: the download is incomplete")
+    # Attention may hide values that are not finite.
+    if is_part_of_wqkv(name) and not tensor.isfinite().all():
+        raise ValueError("holds values that are not finite: download it again")
+
+
+def is_pruned(name: str, tensor: Tensor) -> bool:
+    """Whether it is an expert's matrix that is zero from its first to its last number.
+
+    The hole that an incomplete download leaves hardly ever begins and ends with a matrix; the
+    matrices at its two ends are then partly zero, and are refused.
+    """
+    return ".experts." in name and not tensor[0].any() and not tensor.any()
 
 
 def has_zero_run(tensor: Tensor) -> bool:
@@ -333,55 +494,161 @@ def has_zero_run(tensor: Tensor) -> bool:
     return bool((suspects == 0).all(dim=1).any())
 
 
-def quantize(layer: Linear, tensor: Tensor) -> None:
-    """Round rows to 8 bits: the scale is a row's largest magnitude divided by 127."""
-    for i in range(0, len(tensor), 256):  # rows, to need little memory at a time
-        rows = tensor[i : i + 256].to(layer.weight.device, torch.float32)
-        scale = (rows.abs().amax(dim=1) / 127).to(layer.scale.dtype)
-        layer.scale[i : i + 256] = scale
-        rows /= scale.float().clamp_min(1e-30)[:, None]
-        layer.weight[i : i + 256] = rows.round_().clamp_(-127, 127)
-    if not layer.scale.isfinite().all():
-        raise ValueError("holds values that are not finite: download it again")
+def is_part_of_wqkv(name: str) -> bool:
+    return re.search(r"attention\.w[qkv]\.", name) is not None
 
 
 @torch.inference_mode()
-def fill(layer: nn.Module, name: str, tensor: Tensor) -> None:
-    """Copy a tensor to the layer's weight, or let the mapped file be the weight."""
-    weight, dense, on_cpu = layer.weight, tensor.is_contiguous(), layer.weight.is_cpu
-    fused = re.search(r"w[qkv]\.", name)  # a slice of wqkv
-    # Rows of unused tokens may be zero.
-    if has_zero_run(tensor) and name not in ("tok_embeddings.weight", "output.weight"):
-        raise ValueError("holds a run of zero bytes: the download is incomplete")
-    if fused and not tensor.isfinite().all():  # attention may hide them
-        raise ValueError("holds values that are not finite: download it again")
-    if not dense and not on_cpu:
-        tensor = tensor.to(weight.device)  # where permuting is faster
+def fill(model: Transformer, name: str, tensor: Tensor) -> None:
+    """Copy a tensor to a parameter, or let the mapped file be the parameter."""
+    weight = model.get_parameter(name)
+    on_cpu = weight.device.type == "cpu"
+    in_order = tensor.is_contiguous()
+    if not on_cpu and not in_order:
+        tensor = tensor.to(weight.device)  # where it is put into order faster
     if weight.dtype == torch.int8:
-        quantize(layer, tensor)
-    elif dense and on_cpu and tensor.dtype == weight.dtype and not fused:
+        linear = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(linear, Linear)
+        quantize(linear, tensor)
+    elif on_cpu and in_order and tensor.dtype == weight.dtype and not is_part_of_wqkv(name):
         weight.data = tensor
-    else:
+    else:  # wq, wk and wv, among others: they must stay slices of wqkv
         weight.view(tensor.shape).copy_(tensor)
 
 
-def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
-    """Fill every parameter of the model, in the files' order, four at a time."""
-    found = match(model, Path(ckpt_dir))
-    total = sum(tensor.nbytes for tensor, _ in found.values())
-    done, begin, terminal = 0, time.time(), os.isatty(2)
+def quantize(layer: Linear, tensor: Tensor) -> None:
+    """Round rows to 8 bits: the scale is a row's largest magnitude divided by 127."""
+    weight = layer.weight
+    scales = layer.scale
+    assert isinstance(scales, Tensor)
+    for i in range(0, len(tensor), 256):  # rows, to need little memory at a time
+        # In two steps: to(device, dtype) would convert first, and send twice the bytes.
+        rows = tensor[i : i + 256].to(weight.device).float()
+        scale = (rows.abs().amax(dim=1) / 127).to(scales.dtype)  # (rows,)
+        scales[i : i + 256] = scale
+        rounded = (rows / scale.float().clamp_min(1e-30)[:, None]).round_()
+        weight[i : i + 256] = rounded.clamp_(-127, 127)
+    if not scales.isfinite().all():
+        raise ValueError("holds values that are not finite: download it again")
 
-    def load(name: str) -> int:
-        tensor, path = found[name]
-        try:
-            fill(model.get_submodule(name.removesuffix(".weight")), name, tensor)
-        except ValueError as error:
-            raise ValueError(f"{name} in {path} {error}") from error
-        return tensor.nbytes
 
-    with ThreadPoolExecutor(4) as pool:
-        for name, size in zip(found, pool.map(load, found)):
-            done += size
-            rate = f"{done / (time.time() - begin) / 1e9:.1f} GB/s, {name}"
-            text = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate}"
-            report(f"\r{text if done < total else ''}\033[K" * terminal, end="")
+class Progress:
+    """A line on the terminal that says how much is loaded. Elsewhere nothing is shown."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self.done = 0
+        self.begin = time.perf_counter()
+
+    def add(self, name: str, size: int) -> None:
+        self.done += size
+        text = ""  # once all is loaded, the line is empty again
+        if self.done < self.total:
+            rate = self.done / (time.perf_counter() - self.begin)
+            gigabytes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
+            text = f"{gigabytes}, {rate / 1e9:.1f} GB/s, {name}"
+        show_on_terminal(f"\r{text}\033[K")
+
+
+def show_on_terminal(text: str) -> None:
+    """Write to stderr if it is a terminal. If it is closed or broken, do nothing."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        if sys.stderr.isatty():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+# Readers of files
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A file's tensors under its own names, mapped from it, not read."""
+    try:
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        return read_pickle(path)
+    except Exception as error:  # whatever a damaged file makes its reader raise
+        why = " ".join(str(error).partition(". ")[0].split())
+        code = pickled_code(error)
+        advice = advise(path, error)
+        raise ValueError(f"cannot read {path} ({code or why[:200]}): {advice}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(header_size, MAX_JSON)))
+    header.pop("__metadata__", None)
+    size = 8 + header_size + max(tensor["data_offsets"][1] for tensor in header.values())
+    missing = size - path.stat().st_size
+    if missing > 0:
+        raise ValueError(f"{missing} of {size} bytes are missing")
+    with safe_open(path, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in header}
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    check_zip(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of unusual tensors, which are refused later
+        # weights_only: a pickle may hold tensors, never code that runs.
+        state = torch.load(path, "cpu", mmap=True, weights_only=True)
+    return {str(name): tensor for name, tensor in state.items()}
+
+
+def check_zip(path: Path) -> None:
+    """Raise ValueError if damage to a pickle's archive could displace tensors."""
+    # The pickle has a checksum. The weights' would take too long; but each must lie, at a
+    # multiple of 64 bytes as PyTorch writes it, between its own header and the next.
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        records = sorted(archive.infolist(), key=lambda record: record.header_offset)
+        ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
+        for record, end in zip(records, ends):
+            file.seek(max(0, record.header_offset) + 26)
+            name_size, extra_size = struct.unpack("<2H", file.read(4))
+            start = record.header_offset + 30 + name_size + extra_size
+            is_named = file.read(name_size) == record.filename.encode()
+            is_aligned = start > 0 and start % 64 == 0
+            gap = end - start - record.file_size
+            fills_its_place = 0 <= gap < 25  # a data descriptor may follow
+            if record.compress_type or not (is_named and is_aligned and fills_its_place):
+                raise ValueError(f"{record.filename} is displaced or compressed")
+            if record.filename.endswith("data.pkl"):
+                archive.read(record)  # compares its checksum
+
+
+def advise(path: Path, error: Exception) -> str:
+    """What to do about a file that cannot be read."""
+    if isinstance(error, ImportError):
+        return "pip install safetensors"
+    if isinstance(error, OSError):
+        return "check the disk and its permissions"
+    if pickled_code(error):
+        return "it would run code, do not use it elsewhere either"
+    if is_lfs_pointer(path):
+        return "it is a Git LFS pointer, run git lfs pull"
+    if is_old_pickle(path):
+        return (
+            "it is a pickle of the kind before PyTorch 1.6, which cannot be mapped: convert it "
+            'with torch.save(torch.load(path, "cpu", weights_only=True), path)'
+        )
+    if path.name == TORRENT:
+        return f"join or download it again; 8x7B's md5 is {TORRENT_MD5}"
+    return "download it again"
+
+
+def pickled_code(error: Exception) -> str | None:
+    """The function that a pickle would have called, as PyTorch's refusal names it."""
+    code = re.search(r"GLOBAL \S+", str(error))
+    return code[0] if code else None
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    return path.stat().st_size < 999 and b"git-lfs" in path.read_bytes()
+
+
+def is_old_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." in file.read(32)  # PyTorch's magic number

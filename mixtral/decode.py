@@ -1,46 +1,211 @@
-"""How one new token a row is computed fast on GPUs: `step`, run once and then recorded.
+"""How one new token per row is computed fast on GPUs: `step`, run once and then recorded.
 
-`step` is the arithmetic of model.py once more, one or two kernel launches a line. The
-work of one device between two copies is recorded as a CUDA graph, so that the host's
-part of a step is a list of calls: on N devices N + 1 replays and 2 (N - 1) copies a
-layer, on one device a single replay for the whole step.
+`step` is the arithmetic of model.py once more, one or two kernel launches a line. The work of
+one device between two copies is recorded as a CUDA graph, so that the host's part of a step is
+a list of calls: on N devices N + 1 replays and 2 (N - 1) copies per layer, on one device a
+single replay for the whole step.
 
-Nothing is overwritten before it is read, although all layers and steps share their
-buffers and no events are used: a copy between two devices makes the source's stream
-wait for the destination's, runs on the source's stream, and then makes the destination's
-stream wait for it. So the packing, the copy out, the experts, the copy back and the sum
-of a layer, and those of the next, run one after the other.
+Nothing is overwritten before it is read, although all layers and steps share their buffers and
+no events are used: a copy between two devices makes the source's stream wait for the
+destination's, runs on the source's stream, and then makes the destination's stream wait for it.
+So the packing, the copy out, the experts, the copy back and the sum of a layer, and those of
+the next, run one after the other.
 """
 
 import contextlib
 import functools
 import gc
-import math
+import logging
 import time
+import weakref
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import kernels
+from .model import MoE, Transformer
+
+logger = logging.getLogger(__name__)
 
 # Numbers of rows for which a step is recorded; in between, the last row is repeated.
-ROWS = (1, 2, 4, 8, 16)
+RECORDED_ROWS = (1, 2, 4, 8, 16)
+
+
+class Decoder:
+    """A model's decode step for up to max_rows rows, recorded for each of RECORDED_ROWS.
+
+    It is made before the first prompt, as running a step writes to the first slot of the cache.
+    Raises RuntimeError if the devices are too old for the kernels.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Transformer):
+        capability = min(map(torch.cuda.get_device_capability, model.devices))
+        if capability < (8, 0):
+            raise RuntimeError("the kernels need compute capability 8.0")
+        numbers = [n for n in RECORDED_ROWS if n < 2 * model.params.max_batch_size]
+        self.max_rows = numbers[-1]
+        # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever the number
+        # of rows, so that Triton compiles a kernel once.
+        self.inputs = torch.zeros(3, RECORDED_ROWS[-1], dtype=torch.long, device=model.device)
+        # The model holds its decoder. Were the decoder to hold the model, both would stay in
+        # memory after their last use until Python searches for such circles.
+        weak_model = cast(Transformer, weakref.proxy(model))
+        recorder = Recorder(model.devices)
+        gc.collect()  # frees now what must not be freed during a recording
+        self.steps: dict[int, Callable[[], Tensor]] = {}
+        begin = time.time()
+        for n in numbers:
+            self.steps[n] = record(weak_model, self.inputs[:, :n], recorder)
+            if time.time() - begin > 1:
+                logger.info("Recorded the decode step for %d of %d rows", n, self.max_rows)
+
+    def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits, float32 (T, vocab), after a new token in each of T rows."""
+        T = len(tokens)
+        n = min(n for n in self.steps if n >= T)
+        inputs = torch.stack((tokens, rows, positions))  # (3, T)
+        self.inputs[:, :T] = inputs
+        self.inputs[:, T:n] = inputs[:, -1:]  # writes the same key and value again
+        return self.steps[n]()[:T].clone()  # the next step overwrites its logits
+
+
+def step(run: "Launch", model: Transformer, inputs: Tensor, buffers: "Buffers") -> Tensor:
+    """Logits, float32 (T, vocab), given the T tokens, their rows and positions."""
+    run.on(0)
+    tokens, rows, positions = inputs  # (3, T)
+    h = model.tok_embeddings(tokens)  # (T, dim)
+    for layer in model.layers:
+        attention = layer.attention
+        moe = layer.feed_forward
+        cache = (attention.cache_k, attention.cache_v, rows, positions)
+        qkv = kernels.linear(layer.attention_norm(h), attention.wqkv)
+        q = kernels.rope_and_cache(qkv, model.freqs_cis, *cache)  # (T, n_heads, head_dim)
+        heads = kernels.attention(q, *cache)  # (T, n_heads head_dim)
+        h = kernels.linear(heads, attention.wo.weight, residual=h)
+        x = layer.ffn_norm(h)
+        logits = kernels.linear(x, moe.gate.weight)  # (T, num_experts)
+        h = add_mixture(run, moe, x, logits, h, buffers)
+    return kernels.linear(model.norm(h), model.output.weight).float()
+
+
+def add_mixture(
+    run: "Launch", moe: MoE, x: Tensor, logits: Tensor, h: Tensor, buffers: "Buffers"
+) -> Tensor:
+    """h (T, dim) plus the mixture of experts of x (T, dim)."""
+    if not moe.stacks:
+        return experts_on_host(run, moe, x, logits, h, buffers)
+    if len(moe.stacks) == 1:
+        return local_experts(moe, 0, x, logits, residual=h)
+    return experts_on_devices(run, moe, x, logits, h, buffers)
+
+
+def local_experts(
+    moe: MoE,
+    place: int,
+    x: Tensor,
+    logits: Tensor,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """What the experts of one place add to the mixture, on the current device."""
+    stack = moe.stacks[place]
+    return kernels.experts(
+        x,
+        logits,
+        stack.w1,
+        stack.w2,
+        stack.w3,
+        first=stack.first,
+        top_k=moe.top_k,
+        residual=residual,
+        out=out,
+        scales=stack.scales,
+    )
+
+
+def experts_on_devices(
+    run: "Launch", moe: MoE, x: Tensor, logits: Tensor, h: Tensor, buffers: "Buffers"
+) -> Tensor:
+    """Send all tokens to every device, and add up what its experts make of them."""
+    others = range(1, len(moe.stacks))
+    buffers.pack(x, logits)
+    for i in others:
+        run.host(buffers.packed[i].copy_, buffers.packed[0])
+        run.on(i)
+        local_experts(moe, i, *buffers.unpack(i), out=buffers.sums[i])
+    run.on(0)
+    local_experts(moe, 0, x, logits, out=buffers.sums[0])
+    for i in others:
+        run.host(buffers.parts[i].copy_, buffers.sums[i])
+    run.on(0)
+    return h.add_(buffers.parts.sum(0))
+
+
+def experts_on_host(
+    run: "Launch", moe: MoE, x: Tensor, logits: Tensor, h: Tensor, buffers: "Buffers"
+) -> Tensor:
+    buffers.pack(x, logits)
+    run.host(mix_on_host, moe, buffers)
+    run.on(0)
+    return h.add_(buffers.parts[0])
+
+
+def mix_on_host(moe: MoE, buffers: "Buffers") -> None:
+    x, logits = buffers.split(buffers.packed[0].cpu())  # the layer's only wait
+    buffers.parts[0].copy_(moe.mix(x, logits), non_blocking=True)
+
+
+class Buffers:
+    """What the mixture of experts of T tokens is written to; all layers share it.
+
+    It exists before a recording, in which no memory of another device can be had.
+    """
+
+    def __init__(self, T: int, model: Transformer):
+        self.x_shape = (T, model.params.dim)
+        self.logits_shape = (T, model.params.num_experts)
+        # What crosses in one copy: the tokens and then their gate logits.
+        size = T * (model.params.dim + model.params.num_experts)
+        dtype = model.norm.weight.dtype
+        self.packed = [torch.empty(size, dtype=dtype, device=each) for each in model.devices]
+        # Sums over a device's experts come back in float32, so that the number of devices
+        # changes the text as little as it can.
+        like_sums = functools.partial(torch.empty, dtype=torch.float32)
+        self.parts = like_sums(len(model.devices), *self.x_shape, device=model.device)
+        self.sums = [self.parts[0]]
+        for device in model.devices[1:]:
+            self.sums.append(like_sums(self.x_shape, device=device))
+
+    def pack(self, x: Tensor, logits: Tensor) -> None:
+        torch.cat((x.flatten(), logits.flatten()), out=self.packed[0])
+
+    def unpack(self, i: int) -> tuple[Tensor, Tensor]:
+        """x (T, dim) and logits (T, num_experts) as they arrived on device i."""
+        return self.split(self.packed[i])
+
+    def split(self, packed: Tensor) -> tuple[Tensor, Tensor]:
+        T, dim = self.x_shape
+        x = packed[: T * dim].view(self.x_shape)
+        logits = packed[T * dim :].view(self.logits_shape)
+        return x, logits
 
 
 class Launch:
     """Runs a step as it is written."""
 
     def __init__(self, devices: Sequence[torch.device]):
-        self.devices, self.open = devices, contextlib.ExitStack()
+        self.devices = devices
+        self.open = contextlib.ExitStack()
 
     def on(self, i: int) -> None:
         """What follows is work of device i."""
         self.open.close()
         self.open.enter_context(torch.cuda.device(self.devices[i]))
 
-    def host(self, function: Callable, *args) -> None:
+    def host(self, function: Callable, *args: object) -> None:
         """The host makes this call: a copy, or experts in its memory."""
         self.open.close()
         function(*args)
@@ -49,194 +214,66 @@ class Launch:
 class Tape(Launch):
     """Records a step as the calls that repeat it."""
 
-    def __init__(self, places: Sequence[tuple[torch.cuda.Stream, tuple[int, int]]]):
-        self.places, self.open = places, contextlib.ExitStack()
+    def __init__(self, recorder: "Recorder"):
+        super().__init__(recorder.devices)
+        self.recorder = recorder
         self.calls: list[Callable] = []
 
     def on(self, i: int) -> None:
         self.open.close()  # ends the graph that is being recorded
-        (stream, pool), graph = self.places[i], torch.cuda.CUDAGraph()
-        self.open.enter_context(torch.cuda.stream(stream))
-        graph.capture_begin(pool)
+        graph = torch.cuda.CUDAGraph()
+        self.open.enter_context(torch.cuda.stream(self.recorder.streams[i]))
+        # Other threads may call CUDA meanwhile, which the default mode would not allow.
+        graph.capture_begin(self.recorder.pools[i], capture_error_mode="thread_local")
         self.open.callback(graph.capture_end)
         self.calls.append(graph.replay)  # on the current stream of its own device
 
-    def host(self, function: Callable, *args) -> None:
+    def host(self, function: Callable, *args: object) -> None:
         self.open.close()
         self.calls.append(functools.partial(function, *args))
 
 
-class Room:
-    """Buffers for the mixture of experts of T tokens, which all layers share.
+class Recorder:
+    """A stream and a pool of memory to record with, for each entry of the device list."""
 
-    They exist before a recording, in which no memory of another device can be had.
+    def __init__(self, devices: Sequence[torch.device]):
+        self.devices = devices
+        self.streams = [torch.cuda.Stream(device) for device in devices]
+        self.renew_pools()
+
+    def renew_pools(self) -> None:
+        """A failed recording leaves its pool unusable."""
+        self.pools = [torch.cuda.graph_pool_handle() for _ in self.devices]
+
+
+def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[], Tensor]:
+    """A function that makes the step for the rows of inputs (3, n), and returns its logits.
+
+    It is the recorded step, or if that fails the step as it is written.
     """
+    buffers = Buffers(inputs.shape[1], model)
 
-    def __init__(self, T: int, model: nn.Module):
-        dim, n_experts = model.params.dim, model.params.num_experts
-        self.shapes, devices = ((T, dim), (T, n_experts)), model.devices
-        empty = functools.partial(torch.empty, dtype=torch.float32)
-        # What crosses in one copy: the tokens and then their gate logits.
-        size, dtype = T * (dim + n_experts), model.norm.weight.dtype
-        self.packed = [empty(size, device=d, dtype=dtype) for d in devices]
-        # Sums over a device's experts come back in float32, so that the number of
-        # devices changes the text as little as it can.
-        self.parts = empty(len(devices), T, dim, device=devices[0])
-        self.sums = [empty(T, dim, device=device) for device in devices]
-        self.sums[0] = self.parts[0]
+    def launch() -> Tensor:
+        run = Launch(recorder.devices)
+        with run.open:
+            return step(run, model, inputs, buffers)
 
-    def unpack(self, packed: Tensor) -> tuple[Tensor, Tensor]:
-        """x (T, dim) and logits (T, E), without a copy."""
-        parts = packed.split([math.prod(shape) for shape in self.shapes])
-        return tuple(part.view(shape) for part, shape in zip(parts, self.shapes))
+    launch()  # compiles, which a recording cannot
+    for device in recorder.devices:
+        torch.cuda.synchronize(device)
+    tape = Tape(recorder)
+    try:
+        with tape.open:  # whatever happens, no stream stays current
+            logits = step(tape, model, inputs, buffers)
+    except RuntimeError as error:
+        recorder.renew_pools()
+        why = str(error).partition("\n")[0]
+        logger.warning("decoding %d rows without CUDA graphs, slower: %s", inputs.shape[1], why)
+        return launch
 
+    def replay() -> Tensor:
+        for call in tape.calls:
+            call()
+        return logits
 
-def stacks(experts: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor] | None]:
-    """w1, w2 and w3 (n, ...) of the n experts on a device, and their scales, if any.
-
-    The weights of these experts are slices of such stacks.
-    """
-
-    def whole(first: Tensor) -> Tensor:
-        shape, strides = (len(experts), *first.shape), (first.numel(), *first.stride())
-        return first.as_strided(shape, strides)
-
-    first = experts[0].w1, experts[0].w2, experts[0].w3
-    scales = [whole(w.scale) for w in first if w.scale is not None]
-    return [whole(w.weight) for w in first], scales or None
-
-
-def grouped(experts: Sequence[nn.Module], x: Tensor, counts: Tensor) -> Tensor:
-    """The slices of x, counts[e] tokens for expert e, after their experts.
-
-    Three products serve all experts, and the host need not wait for the counts.
-    """
-    (w1, w2, w3), _ = stacks(experts)
-    product = functools.partial(F.grouped_mm, offs=counts.cumsum(0, dtype=torch.int32))
-    hidden = F.silu(product(x, w1.mT), inplace=True).mul_(product(x, w3.mT))
-    return product(hidden, w2.mT)
-
-
-def mix_on_host(moe: nn.Module, room: Room) -> None:
-    x, logits = room.unpack(room.packed[0].cpu())  # the layer's only wait
-    room.parts[0].copy_(moe.mix(x, logits), non_blocking=True)
-
-
-def mixture(
-    run: Launch, moe: nn.Module, x: Tensor, logits: Tensor, h: Tensor, room: Room
-) -> Tensor:
-    """h (T, dim) plus the mixture of experts of x (T, dim)."""
-    n_devices, on_host = len(moe.places), moe.places[0]["device"].type == "cpu"
-    n = len(moe.experts) // n_devices
-
-    def local(i: int, x: Tensor, logits: Tensor, **options: Tensor) -> Tensor:
-        weights, scales = stacks(moe.experts[i * n : (i + 1) * n])
-        kind = {"first": i * n, "top_k": moe.top_k, "scales": scales}
-        return kernels.experts(x, logits, *weights, **kind, **options)
-
-    if n_devices == 1 and not on_host:
-        return local(0, x, logits, residual=h)
-    torch.cat((x.flatten(), logits.flatten()), out=room.packed[0])
-    if on_host:
-        run.host(mix_on_host, moe, room)
-        run.on(0)
-        return h.add_(room.parts[0])
-    for i in range(1, n_devices):
-        run.host(room.packed[i].copy_, room.packed[0])
-        run.on(i)
-        local(i, *room.unpack(room.packed[i]), out=room.sums[i])
-    run.on(0)
-    local(0, x, logits, out=room.sums[0])
-    for i in range(1, n_devices):
-        run.host(room.parts[i].copy_, room.sums[i])
-    run.on(0)
-    return h.add_(room.parts.sum(0))
-
-
-def step(run: Launch, model: nn.Module, inputs: Tensor, room: Room) -> Tensor:
-    """Logits, float32 (T, vocab), given the T tokens, their rows and positions."""
-    run.on(0)
-    tokens, rows, positions = inputs  # (3, T)
-    h = model.tok_embeddings(tokens)  # (T, dim)
-    for layer in model.layers:
-        attention, moe = layer.attention, layer.feed_forward
-        cache = attention.cache_k, attention.cache_v, rows, positions
-        qkv = kernels.linear(layer.attention_norm(h), attention.wqkv)
-        q = kernels.rope_and_cache(qkv, model.freqs_cis, *cache)
-        heads = kernels.attention(q, *cache)
-        h = kernels.linear(heads, attention.wo.weight, residual=h)
-        x = layer.ffn_norm(h)
-        h = mixture(run, moe, x, kernels.linear(x, moe.gate.weight), h, room)
-    return kernels.linear(model.norm(h), model.output.weight).float()
-
-
-class Decoder:
-    """A model's decode step for up to max_rows rows, recorded for each number in ROWS.
-
-    To be made before the first prompt, as running a step writes to the first slot of
-    the cache. Raises RuntimeError if the devices are too old for the kernels.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model: nn.Module, report: Callable[[str], None]):
-        self.model, self.devices = model, model.devices
-        capability = min(map(torch.cuda.get_device_capability, self.devices))
-        if capability < (8, 0):
-            raise RuntimeError("the kernels need compute capability 8.0")
-        for moe in (layer.feed_forward for layer in model.layers):
-            weight = moe.experts[0].w1.weight
-            multiples = not any(size % 8 for size in weight.shape)
-            here = len(moe.places) == 1 and weight.is_cuda and capability >= (9, 0)
-            if here and multiples and weight.dtype == torch.bfloat16:
-                moe.grouped = functools.partial(grouped, moe.experts)
-        numbers = [n for n in ROWS if n < 2 * model.params.max_batch_size]
-        self.max_rows = numbers[-1]
-        # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever
-        # the number of rows, so that Triton compiles a kernel once.
-        self.inputs = torch.zeros(3, ROWS[-1], dtype=torch.long, device=model.device)
-        self.places = []  # a stream and a pool of memory for each entry of the list
-        for device in self.devices:
-            with torch.cuda.device(device):
-                pool = torch.cuda.graph_pool_handle()
-                self.places.append((torch.cuda.Stream(), pool))
-        gc.collect()  # frees now what must not be freed during a recording
-        self.steps, begin = {}, time.time()
-        for n in numbers:
-            self.steps[n] = self.record(n, report)
-            if time.time() - begin > 1:
-                report(f"Recorded the decode step for {n} of {self.max_rows} rows")
-
-    def record(self, n: int, report: Callable[[str], None]) -> Callable[[], Tensor]:
-        """A function that makes the step for the n rows of self.inputs."""
-        inputs, room = self.inputs[:, :n], Room(n, self.model)
-
-        def launch() -> Tensor:
-            run = Launch(self.devices)
-            with run.open:
-                return step(run, self.model, inputs, room)
-
-        def replay() -> Tensor:
-            for call in tape.calls:
-                call()
-            return logits
-
-        launch()  # compiles, which a recording cannot
-        for device in self.devices:
-            torch.cuda.synchronize(device)
-        tape = Tape(self.places)
-        try:
-            with tape.open:  # whatever happens, no stream stays current
-                logits = step(tape, self.model, inputs, room)
-        except RuntimeError as error:
-            why = str(error).partition("\n")[0]
-            report(f"warning: decoding {n} rows without CUDA graphs, slower: {why}")
-            return launch
-        return replay
-
-    def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
-        """Logits, float32 (T, vocab), after a new token in each of T rows."""
-        T, values = len(tokens), torch.stack((tokens, rows, positions))
-        n = min(n for n in self.steps if n >= T)
-        self.inputs[:, :T] = values
-        self.inputs[:, T:n] = values[:, -1:]  # writes the same key and value again
-        return self.steps[n]()[:T].clone()  # the next step overwrites its logits
+    return replay

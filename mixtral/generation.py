@@ -1,32 +1,24 @@
 """Prompts in, text out: `Mixtral`, with the methods and results of Llama 2's `Llama`."""
 
+import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checkpoint import check_memory, load_checkpoint, read_params, report
-from .model import ModelArgs, Span, Transformer
-from .tokenizer import Tokenizer
+from .checkpoint import load_checkpoint, read_eos_ids, read_params
+from .devices import check_memory, find_devices
+from .model import ModelArgs, Span, Transformer, has_amx, send
+from .tokenizer import Dialog, Message, Tokenizer
 
-# Prompts are read in passes of at most so many tokens: enough to keep matrix units busy
-# and few enough to bound the memory for activations.
-PREFILL_TOKENS = {"cuda": 2048, "cpu": 512}
-
-
-class Message(TypedDict):
-    role: Literal["system", "user", "assistant"]
-    content: str
-
-
-Dialog = Sequence[Message]
+logger = logging.getLogger(__name__)
 
 
 class Logprobs(TypedDict, total=False):
@@ -42,12 +34,37 @@ class ChatPrediction(Logprobs):
     generation: Message
 
 
+class Sampling(NamedTuple):
+    """How tokens are drawn, and how many at most for each row."""
+
+    temperature: float
+    top_p: float
+    max_gen_len: int | None
+
+
+class Step(NamedTuple):
+    """A token of a row, and its log-probability, which is 0 if that is not wanted."""
+
+    row: int
+    token: int
+    logprob: float
+
+
+@dataclass
+class Row:
+    """A row of the cache that is continued until it has `end` tokens."""
+
+    index: int
+    length: int
+    end: int
+
+
 class Mixtral:
     """A model and its tokenizer, which complete prompts one request at a time.
 
-    A request of another thread waits until the one before has ended. Within a thread, a
-    new request takes over from a stream that was left unfinished, which then raises
-    RuntimeError if it is continued.
+    A request of another thread waits until the one before has ended. Within a thread, a new
+    request takes over from a stream that was left unfinished, which then raises RuntimeError if
+    it is continued.
     """
 
     @staticmethod
@@ -64,36 +81,45 @@ class Mixtral:
     ) -> "Mixtral":
         """Load a checkpoint onto num_gpus GPUs, or for the CPU if that is 0.
 
-        Weights are kept and computed in dtype. On the CPU bfloat16 is best, since it
-        halves the bytes to read; float32 reads prompts faster on a processor without
-        bfloat16 instructions. The experts of the last cpu_layers layers stay in host
-        memory. If int8, all experts are rounded to 8 bits, with a scale for each row.
+        Weights are kept and computed in dtype. On the CPU bfloat16 is best, since it halves the
+        bytes to read; float32 reads prompts faster on a processor without bfloat16 instructions.
+        The experts of the last cpu_layers layers stay in host memory. If int8, all experts are
+        rounded to 8 bits, with a scale for each row.
 
-        Raises FileNotFoundError, ValueError or RuntimeError with a message for a
-        person before any weight is read.
+        Raises FileNotFoundError, ValueError or RuntimeError with a message for a person before
+        any weight is read.
         """
-        start_time, devices = time.time(), find_devices(num_gpus)
-        good = type(seed) is int and 0 <= seed < 2**63
-        require(good, f"seed must be a whole number from 0 to 2**63, not {seed!r:.40}")
-        require(type(int8) is bool, f"int8 must be True or False, not {int8!r:.40}")
+        begin = time.time()
+        devices = find_devices(num_gpus)
+        if type(seed) is not int or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be a whole number from 0 to 2**63, not {seed!r:.40}")
+        if type(int8) is not bool:
+            raise ValueError(f"int8 must be True or False, not {int8!r:.40}")
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
-        if params.vocab_size != tokenizer.n_words:
-            sizes = f"{tokenizer.n_words} tokens, the checkpoint {params.vocab_size}"
-            raise ValueError(f"{tokenizer_path} has {sizes}: use the one beside it")
+        check_vocabulary(tokenizer_path, tokenizer.n_words, params.vocab_size)
         check_memory(params, devices, dtype, cpu_layers, int8)
         model = Transformer(params, devices, dtype, cpu_layers, int8)
         load_checkpoint(model, ckpt_dir)
-        generator = Mixtral(model, tokenizer, seed)
-        report(f"Loaded in {time.time() - start_time:.2f} seconds")
+        generator = Mixtral(model, tokenizer, seed, read_eos_ids(ckpt_dir))
+        logger.info("Loaded in %.2f seconds", time.time() - begin)
         return generator
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, seed: int = 1):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        seed: int = 1,
+        eos_ids: Collection[int] = (),
+    ):
+        """A text ends before the tokenizer's eos, and before any token of eos_ids."""
         self.model = model
         self.tokenizer = tokenizer
+        self.stop_ids = {tokenizer.eos_id, *eos_ids}
         self.rng = torch.Generator(model.device).manual_seed(seed)
         self.cache = CacheOwner()
-        model.prepare(report)
+        self.first_row = FirstRow()
+        attach_decoder(model)
 
     def generate(
         self,
@@ -107,41 +133,40 @@ class Mixtral:
         """Each prompt's continuation, with echo after the prompt, and log-probabilities.
 
         A row ends before eos, after max_gen_len tokens if given, or at max_seq_len. The
-        log-probabilities are the model's own, before temperature and top_p, and 0 for
-        a prompt's first token. Raises ValueError as check_request does, and
-        RuntimeError if the logits are not finite.
+        log-probabilities are the model's own, before temperature and top_p, and 0 for a prompt's
+        first token. Raises ValueError as check_request does, and RuntimeError if the logits are
+        not finite.
         """
         check_request(prompt_tokens, self.model.params, temperature, top_p, max_gen_len)
-        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
+        sampling = Sampling(temperature, top_p, max_gen_len)
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
         values: list[list[float]] = [[] for _ in prompt_tokens]
-        steps = self._steps(prompt_tokens, logprobs=logprobs, echo=echo, **new)
-        for row, token, value in steps:
-            tokens[row].append(token)
-            values[row].append(value)
+        for step in self._steps(prompt_tokens, sampling, logprobs, echo):
+            tokens[step.row].append(step.token)
+            values[step.row].append(step.logprob)
         return tokens, values if logprobs else None
 
     @torch.inference_mode()
     def _steps(
         self,
         prompts: list[list[int]],
+        sampling: Sampling,
         logprobs: bool = False,
         echo: bool = False,
-        **options: Any,
-    ) -> Iterator[tuple[int, int, float]]:
-        """Yield (row, token, if logprobs its log-probability) as tokens come."""
+    ) -> Iterator[Step]:
+        """The tokens of all rows as they come, with echo those of the prompts first."""
         if not prompts:
             return
         request = self.cache.take()
         try:
             logits, values = self._prefill(prompts, logprobs and echo)
-            old = (
-                (row, token, value)
-                for row, prompt in enumerate(prompts if echo else [])
-                for token, value in zip(prompt, values[row] or prompt)
-            )
-            new = self._decode(logits, list(map(len, prompts)), logprobs, **options)
-            for step in chain(old, new):
+            if echo:
+                for row, prompt in enumerate(prompts):
+                    for token, value in zip(prompt, values[row]):
+                        yield Step(row, token, value)
+                        self.cache.keep(request)
+            lengths = [len(prompt) for prompt in prompts]
+            for step in self._decode(logits, lengths, sampling, logprobs):
                 yield step
                 self.cache.keep(request)
         finally:
@@ -150,76 +175,92 @@ class Mixtral:
     def _prefill(
         self, prompts: list[list[int]], logprobs: bool
     ) -> tuple[Tensor, list[list[float]]]:
-        """Read the prompts into the cache: the logits (bsz, vocab) after each of them.
+        """Read the prompts into the cache.
 
-        If logprobs, also each prompt's own log-probabilities, else empty lists.
+        Returns the logits (bsz, vocab) after each prompt, and the log-probability of each of
+        its tokens, or zeros if these are not wanted.
         """
-        last: dict[int, Tensor] = {}
-        values = [[0.0] if logprobs else [] for _ in prompts]
-        for spans in passes(prompts, PREFILL_TOKENS[self.model.device.type]):
-            new = [prompts[s.row][s.start : s.start + s.length] for s in spans]
-            tokens = torch.tensor([token for part in new for token in part])
-            logits = self.model.forward_packed(tokens, spans, last_only=not logprobs)
+        last: dict[int, Tensor] = {}  # (vocab,) after what has been read of each row
+        values = [[0.0] * len(prompt) for prompt in prompts]
+        start = 0
+        if len(prompts) == 1 and not logprobs:
+            start = self.first_row.known_prefix(self.model, prompts[0])
+        for spans in passes(prompts, prefill_tokens(self.model.device), start):
+            tokens: list[int] = []
+            for span in spans:
+                tokens += prompts[span.row][span.start : span.start + span.length]
+            logits = self._forward(
+                torch.tensor(tokens, device="cpu"), spans, last_only=not logprobs
+            )
             check_finite(logits.sum().item())
-            parts = logits.split([s.length for s in spans] if logprobs else 1)
-            for (row, start, length), part in zip(spans, parts):
-                last[row] = part[-1]
-                if logprobs:  # those of the tokens that follow the span's
-                    after = prompts[row][start + 1 : start + 1 + length]
-                    targets = torch.tensor(after, dtype=torch.long).to(part.device)
-                    values[row] += log_probability(part[: len(after)], targets).tolist()
+            if spans[0].row == 0:
+                self.first_row.add(spans[0].start, tokens[: spans[0].length])
+            parts = logits.split([span.length for span in spans] if logprobs else 1)
+            for span, part in zip(spans, parts):
+                last[span.row] = part[-1].clone()  # a view would keep the logits of all the pass
+                if logprobs:
+                    # The logits after a token are about the token that follows it.
+                    begin = span.start + 1
+                    end = min(begin + span.length, len(prompts[span.row]))
+                    targets = torch.tensor(prompts[span.row][begin:end], dtype=torch.long)
+                    known = log_probability(part[: end - begin], targets.to(part.device))
+                    values[span.row][begin:end] = known.tolist()
         return torch.stack([last[row] for row in range(len(prompts))]), values
 
     def _decode(
-        self,
-        logits: Tensor,
-        lengths: list[int],
-        logprobs: bool,
-        max_gen_len: int | None,
-        temperature: float,
-        top_p: float,
-    ) -> Iterator[tuple[int, int, float]]:
+        self, logits: Tensor, lengths: list[int], sampling: Sampling, logprobs: bool
+    ) -> Iterator[Step]:
         """Continue rows of these lengths, given the logits (bsz, vocab) after them.
 
-        A row that has ended leaves the batch. On a GPU the next step is launched before
-        the host reads this one's tokens; work for rows that have just ended is
-        discarded.
+        A row that has ended leaves the batch. A GPU is given the next step before the host waits
+        for this step's tokens; what it computes for rows that turn out to have ended is thrown
+        away.
         """
-        room, eos = self.model.params.max_seq_len, self.tokenizer.eos_id
-        most = room if max_gen_len is None else max_gen_len
-        ends = [min(length + most, room) for length in lengths]
-        rows = [row for row, end in enumerate(ends) if lengths[row] < end]
-        logits = logits[rows]
+        rows = unfinished_rows(lengths, sampling.max_gen_len, self.model.params.max_seq_len)
+        logits = logits[[row.index for row in rows]]
         while rows:
-            tokens, sums = self._sample(logits, temperature, top_p), logits.sum(dim=-1)
-            values = log_probability(logits, tokens) if logprobs else sums
-            copies = [x.to("cpu", non_blocking=True) for x in (tokens, values, sums)]
-            if logits.is_cuda:
-                copied = torch.cuda.current_stream(logits.device).record_event()
-            spans = [Span(row, lengths[row], 1) for row in rows]
-            more = [lengths[row] + 1 < ends[row] for row in rows]
-            if ahead := logits.is_cuda and any(more):
-                logits = self.model.forward_packed(tokens, spans)
-            if logits.is_cuda:
-                copied.synchronize()
-            ids, values, sums = (copy.tolist() for copy in copies)
-            check_finite(sum(sums))
-            for row, token, value in zip(rows, ids, values):
-                if token != eos:
-                    yield row, token, value
-            kept = [i for i, token in enumerate(ids) if more[i] and token != eos]
-            rows, spans = [rows[i] for i in kept], [spans[i] for i in kept]
-            lengths = [length + 1 for length in lengths]
-            if rows and not ahead:
-                logits = self.model.forward_packed(tokens[kept], spans)
-            elif 0 < len(kept) < len(ids):
-                logits = logits[torch.tensor(kept).to(logits.device, non_blocking=True)]
+            tokens = self._sample(logits, sampling)  # (bsz,)
+            results = {"tokens": tokens, "sums": logits.sum(dim=-1)}
+            if logprobs:
+                results["logprobs"] = log_probability(logits, tokens)
+            wait = start_copies(results)
+            spans = [Span(row.index, row.length, 1) for row in rows]
+            for row in rows:
+                row.length += 1
+            ahead = logits.is_cuda and any(row.length < row.end for row in rows)
+            if ahead:
+                logits = self._forward(tokens, spans)
 
-    def _sample(self, logits: Tensor, temperature: float, top_p: float) -> Tensor:
-        if temperature < 1e-6:  # too small to divide by
+            step = wait()
+            check_finite(sum(step["sums"]))
+            kept: list[int] = []  # the places in the batch of rows that go on
+            for i, (row, token) in enumerate(zip(rows, step["tokens"])):
+                if token in self.stop_ids:
+                    continue
+                yield Step(row.index, token, step["logprobs"][i] if logprobs else 0.0)
+                if row.length < row.end:
+                    kept.append(i)
+
+            if kept and not ahead:
+                logits = self._forward(tokens[kept], [spans[i] for i in kept])
+            elif kept and len(kept) < len(rows):
+                logits = logits[send(torch.tensor(kept, device="cpu"), logits.device)]
+            if rows[0].index == 0 and (ahead or 0 in kept):
+                self.first_row.add(spans[0].start, step["tokens"][:1])
+            rows = [rows[i] for i in kept]
+
+    def _forward(self, tokens: Tensor, spans: list[Span], last_only: bool = False) -> Tensor:
+        """model.forward_packed, of which the record of the cache's first row is kept."""
+        self.first_row.before_pass(self.model, spans)
+        logits = self.model.forward_packed(tokens, spans, last_only=last_only)
+        self.first_row.n_passes = self.model.n_passes
+        return logits
+
+    def _sample(self, logits: Tensor, sampling: Sampling) -> Tensor:
+        if sampling.temperature < 1e-6:  # too small to divide by
             return logits.argmax(dim=-1)
-        probs = torch.softmax(logits / float(temperature), dim=-1)
-        return sample_top_p(probs, top_p, self.rng).flatten()
+        probs = torch.softmax(logits / float(sampling.temperature), dim=-1)
+        return sample_top_p(probs, sampling.top_p, self.rng).flatten()
 
     def text_completion(
         self,
@@ -231,21 +272,32 @@ class Mixtral:
         echo: bool = False,
     ) -> list[CompletionPrediction]:
         """Complete each prompt as generate() does, by default as far as there is room."""
-        good = isinstance(prompts, (list, tuple))
-        require(good, f"prompts must be a list, not a {type(prompts).__name__}")
-        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-        tokens = [self.tokenizer.encode(p, bos=True, eos=False) for p in prompts]
-        return self._predict(tokens, logprobs=logprobs, echo=echo, **new)
+        if not isinstance(prompts, (list, tuple)):
+            raise ValueError(f"prompts must be a list, not a {type(prompts).__name__}")
+        tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        return self._predict(tokens, max_gen_len, temperature, top_p, logprobs, echo)
 
     def _predict(
-        self, prompt_tokens: list[list[int]], **options: Any
+        self,
+        prompt_tokens: list[list[int]],
+        max_gen_len: int | None,
+        temperature: float,
+        top_p: float,
+        logprobs: bool,
+        echo: bool = False,
     ) -> list[CompletionPrediction]:
-        tokens, values = self.generate(prompt_tokens, **options)
-        decode = self.tokenizer.decode
-        results = [CompletionPrediction(generation=decode(t)) for t in tokens]
-        for result, ids, logprobs in zip(results, tokens, values or []):
-            result.update(tokens=[decode([i]) for i in ids], logprobs=logprobs)
-        return results
+        """generate(), as text."""
+        tokens, values = self.generate(
+            prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo
+        )
+        predictions: list[CompletionPrediction] = []
+        for row, ids in enumerate(tokens):
+            prediction = CompletionPrediction(generation=self.tokenizer.decode(ids))
+            if values is not None:
+                prediction["tokens"] = [self.tokenizer.decode([token]) for token in ids]
+                prediction["logprobs"] = values[row]
+            predictions.append(prediction)
+        return predictions
 
     def stream_completion(
         self,
@@ -268,8 +320,8 @@ class Mixtral:
     ) -> Iterator[int]:
         """generate's tokens for one prompt, as they come."""
         check_request([tokens], self.model.params, temperature, top_p, max_gen_len)
-        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-        return (token for _, token, _ in self._steps([tokens], **new))
+        steps = self._steps([tokens], Sampling(temperature, top_p, max_gen_len))
+        return (step.token for step in steps)
 
     def chat_completion(
         self,
@@ -281,29 +333,70 @@ class Mixtral:
     ) -> list[ChatPrediction]:
         """The assistant's next message in each dialog, from an Instruct model.
 
-        A dialog that is malformed or too long gets the answer "Error: ..." with the
-        reason; the others are unaffected.
+        A dialog that is malformed or too long gets the answer "Error: ..." with the reason; the
+        others are unaffected.
         """
-        good = isinstance(dialogs, (list, tuple))
-        good = good and not (dialogs and all(isinstance(d, dict) for d in dialogs))
-        require(good, "dialogs must be a list of dialogs, not a single one")
-        new = {"temperature": temperature, "top_p": top_p, "max_gen_len": max_gen_len}
-        prompts, answers = {}, {}
+        if not isinstance(dialogs, (list, tuple)) or is_dialog(dialogs):
+            raise ValueError("dialogs must be a list of dialogs, not a single one")
+        answers: dict[int, ChatPrediction] = {}
+        prompts: dict[int, list[int]] = {}
         for i, dialog in enumerate(dialogs):
             try:
-                prompts[i] = self.tokenizer.encode_dialog(dialog)
-                check_request([prompts[i]], self.model.params)
+                tokens = self.tokenizer.encode_dialog(dialog)
+                check_request([tokens], self.model.params)
             except ValueError as error:
-                prompts.pop(i, None)
-                answers[i] = CompletionPrediction(generation=f"Error: {error}")
+                refusal = CompletionPrediction(generation=f"Error: {error}")
                 if logprobs:
-                    answers[i].update(tokens=[], logprobs=[])
-        predictions = self._predict(list(prompts.values()), logprobs=logprobs, **new)
-        answers.update(zip(prompts, predictions))
-        for answer in answers.values():
-            text = answer["generation"]
-            answer["generation"] = Message(role="assistant", content=text)
+                    refusal["tokens"] = []
+                    refusal["logprobs"] = []
+                answers[i] = chat_prediction(refusal)
+            else:
+                prompts[i] = tokens
+        predictions = self._predict(
+            list(prompts.values()), max_gen_len, temperature, top_p, logprobs
+        )
+        for i, prediction in zip(prompts, predictions):
+            answers[i] = chat_prediction(prediction)
         return [answers[i] for i in range(len(dialogs))]
+
+
+class FirstRow:
+    """The tokens whose keys and values row 0 of the cache holds, as far as that is known.
+
+    A conversation's next turn need not read these again. Whatever else passes through the model
+    may write to row 0, so that nothing is known any more: Transformer.n_passes tells.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.n_passes = 0
+
+    def known_prefix(self, model: Transformer, prompt: list[int]) -> int:
+        """The number of tokens at the prompt's start that need not be read again.
+
+        Its last token is not among them, since the logits after it are wanted.
+        """
+        if model.n_passes != self.n_passes:
+            return 0
+        length = 0
+        for known, token in zip(self.tokens, prompt[:-1]):
+            if known != token:
+                break
+            length += 1
+        return length
+
+    def before_pass(self, model: Transformer, spans: list[Span]) -> None:
+        """Forget what a pass overwrites, or what another's pass has overwritten."""
+        if model.n_passes != self.n_passes:
+            self.tokens.clear()
+        for span in spans:
+            if span.row == 0:
+                del self.tokens[span.start :]
+
+    def add(self, start: int, tokens: list[int]) -> None:
+        """A pass has written these tokens, the first of them at position start."""
+        if len(self.tokens) == start:
+            self.tokens += tokens
 
 
 class CacheOwner:
@@ -311,7 +404,8 @@ class CacheOwner:
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
-        self.request, self.thread = 0, None
+        self.request = 0
+        self.thread: threading.Thread | None = None
 
     def take(self) -> int:
         """Begin a request, once no other thread's is under way: its number."""
@@ -319,10 +413,12 @@ class CacheOwner:
             me = threading.current_thread()
             while self.thread not in (None, me) and self.thread.is_alive():
                 self.changed.wait(timeout=1)
-            self.request, self.thread = self.request + 1, me
+            self.request += 1
+            self.thread = me
             return self.request
 
     def keep(self, request: int) -> None:
+        """Raise RuntimeError if another request has taken the cache."""
         with self.changed:
             if request != self.request:
                 raise RuntimeError("another request has the cache: finish one first")
@@ -335,62 +431,143 @@ class CacheOwner:
                 self.changed.notify()
 
 
-def require(good: bool, message: str) -> None:
-    if not good:
-        raise ValueError(message)
+def attach_decoder(model: Transformer) -> None:
+    """Compile and record what makes GPUs fast, before the first prompt: see decode.py.
+
+    If that fails, the reason is logged, and all runs in plain PyTorch.
+    """
+    if model.device.type != "cuda" or model.decoder is not None:
+        return
+    try:
+        from .decode import Decoder  # imports Triton
+
+        model.decoder = Decoder(model)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        why = str(error).partition("\n")[0]
+        logger.warning("decoding without fast kernels, slower: %s", why)
 
 
-def find_devices(num_gpus: int) -> list[str]:
-    """The devices to spread experts over. Raises ValueError if there are too few."""
-    good = type(num_gpus) is int and num_gpus in (0, 1, 2, 4, 8)
-    require(good, f"num_gpus must be 1, 2, 4, 8 or 0 for the CPU, not {num_gpus!r}")
-    visible = torch.cuda.device_count()
-    few = f"num_gpus is {num_gpus}, but {visible} GPUs are visible: use fewer, or 0"
-    require(num_gpus <= visible, f"{few} for the CPU")
-    return [f"cuda:{i}" for i in range(num_gpus)] or ["cpu"]
+def prefill_tokens(device: torch.device) -> int:
+    """How many tokens of prompts a pass has at most.
+
+    That is enough to keep matrix units busy, and few enough to bound the memory for activations.
+    """
+    if device.type == "cuda":
+        return 2048
+    return 1024 if has_amx() else 512
+
+
+def check_vocabulary(tokenizer_path: str | Path, n_words: int, vocab_size: int) -> None:
+    """Raise ValueError unless the tokenizer can be the one of a checkpoint of vocab_size."""
+    # Some checkpoints round the number of their tokens up to a multiple of 64 or 128.
+    if not 0 <= vocab_size - n_words < 128:
+        sizes = f"{n_words} tokens, the checkpoint {vocab_size}"
+        raise ValueError(f"{tokenizer_path} has {sizes}: use the one beside it")
+    if vocab_size > n_words and vocab_size % 64:
+        logger.warning(
+            "the last %d tokens have no name: is added_tokens.json missing beside %s?",
+            vocab_size - n_words,
+            tokenizer_path,
+        )
 
 
 def check_request(
     prompt_tokens: list[list[int]],
-    room: ModelArgs,
+    args: ModelArgs,
     temperature: float = 0,
     top_p: float = 1,
     max_gen_len: int | None = None,
 ) -> None:
-    """Raise ValueError unless the prompts fit into room's max_batch_size rows of
-    max_seq_len tokens and all other arguments make sense."""
-    rows, length = room.max_batch_size, room.max_seq_len
-    good = isinstance(prompt_tokens, (list, tuple))
-    require(good, f"prompts must be a list, not a {type(prompt_tokens).__name__}")
+    """Raise ValueError unless the prompts fit into the cache and the options make sense."""
+    if not isinstance(prompt_tokens, (list, tuple)):
+        raise ValueError(f"prompts must be a list, not a {type(prompt_tokens).__name__}")
     count = len(prompt_tokens)
-    require(count <= rows, f"{count} prompts: raise max_batch_size, which is {rows}")
+    if count > args.max_batch_size:
+        raise ValueError(f"{count} prompts: raise max_batch_size, which is {args.max_batch_size}")
     for i, tokens in enumerate(prompt_tokens, 1):
-        good = isinstance(tokens, (list, tuple))
+        check_prompt(f"prompt {i}", tokens, args)
+    if type(temperature) not in (int, float) or not 0 <= temperature < 1e300:
+        raise ValueError(f"temperature must be 0 (greedy) or above, not {temperature!r}")
+    if type(top_p) not in (int, float) or not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p!r}")
+    if max_gen_len is not None and (type(max_gen_len) is not int or max_gen_len < 0):
+        raise ValueError(f"max_gen_len must be a whole number, 0 or more, not {max_gen_len!r}")
+
+
+def check_prompt(name: str, tokens: list[int], args: ModelArgs) -> None:
+    if not isinstance(tokens, (list, tuple)):
         kind = type(tokens).__name__
-        require(good, f"prompt {i} must be a list of token ids, not of type {kind}")
-        require(len(tokens) > 0, f"prompt {i} has no tokens: begin it with bos")
-        long = f"prompt {i} has {len(tokens)} tokens, max_seq_len is {length}: raise it"
-        require(len(tokens) <= length, f"{long} or shorten the prompt")
-        for token in tokens:
-            good = type(token) is int and 0 <= token < room.vocab_size
-            what = f"{str(token)!r:.40} is no token id of this vocabulary"
-            require(good, f"prompt {i}: {what}")
-    good = type(temperature) in (int, float) and 0 <= temperature < 1e300
-    require(good, f"temperature must be 0 (greedy) or above, not {temperature!r}")
-    good = type(top_p) in (int, float) and 0 < top_p <= 1
-    require(good, f"top_p must be above 0 and at most 1, not {top_p!r}")
-    good = max_gen_len is None or (type(max_gen_len) is int and max_gen_len >= 0)
-    require(good, f"max_gen_len must be a whole number, 0 or more, not {max_gen_len!r}")
+        raise ValueError(f"{name} must be a list of token ids, not of type {kind}")
+    if not tokens:
+        raise ValueError(f"{name} has no tokens: begin it with bos")
+    if len(tokens) > args.max_seq_len:
+        count = f"{len(tokens)} tokens, max_seq_len is {args.max_seq_len}"
+        raise ValueError(f"{name} has {count}: raise it or shorten the prompt")
+    for token in tokens:
+        if type(token) is not int or not 0 <= token < args.vocab_size:
+            what = f"{str(token)!r:.40} is not a token id of this vocabulary"
+            raise ValueError(f"{name}: {what}")
 
 
-def passes(prompts: list[list[int]], size: int) -> Iterator[list[Span]]:
-    """The prompts, laid end to end, as the spans of passes of size tokens."""
-    firsts = list(accumulate(map(len, prompts), initial=0))
-    for begin in range(0, firsts[-1], size):
-        ends = [min(begin + size, end) for end in firsts[1:]]
-        starts = [max(begin, first) for first in firsts]
-        cuts = [(row, starts[row], end) for row, end in enumerate(ends)]
-        yield [Span(row, a - firsts[row], b - a) for row, a, b in cuts if a < b]
+def is_dialog(messages: Sequence) -> bool:
+    return bool(messages) and all(isinstance(message, dict) for message in messages)
+
+
+def chat_prediction(prediction: CompletionPrediction) -> ChatPrediction:
+    """The same prediction, its text as a message of the assistant."""
+    message = Message(role="assistant", content=prediction["generation"])
+    answer = ChatPrediction(generation=message)
+    if "tokens" in prediction:
+        answer["tokens"] = prediction["tokens"]
+        answer["logprobs"] = prediction["logprobs"]
+    return answer
+
+
+def passes(prompts: list[list[int]], size: int, start: int = 0) -> Iterator[list[Span]]:
+    """Lay the prompts end to end, each from start on, and cut them into passes of size tokens."""
+    spans: list[Span] = []
+    room = size
+    for row, prompt in enumerate(prompts):
+        position = start
+        while position < len(prompt):
+            length = min(len(prompt) - position, room)
+            spans.append(Span(row, position, length))
+            position += length
+            room -= length
+            if room == 0:
+                yield spans
+                spans = []
+                room = size
+    if spans:
+        yield spans
+
+
+def unfinished_rows(lengths: list[int], max_gen_len: int | None, max_seq_len: int) -> list[Row]:
+    """The rows that have room for another token."""
+    rows: list[Row] = []
+    for i, length in enumerate(lengths):
+        end = max_seq_len
+        if max_gen_len is not None:
+            end = min(length + max_gen_len, max_seq_len)
+        if length < end:
+            rows.append(Row(i, length, end))
+    return rows
+
+
+def start_copies(tensors: dict[str, Tensor]) -> Callable[[], dict[str, list]]:
+    """Copy tensors of one device to the host; the returned function waits, and reads them."""
+    copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
+    device = next(iter(tensors.values())).device
+    copied = None
+    if device.type == "cuda":
+        copied = torch.cuda.current_stream(device).record_event()
+
+    def wait() -> dict[str, list]:
+        if copied is not None:
+            copied.synchronize()
+        return {name: copy.tolist() for name, copy in copies.items()}
+
+    return wait
 
 
 def check_finite(total: float) -> None:
@@ -399,15 +576,16 @@ def check_finite(total: float) -> None:
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of each row's token (bsz,), given its logits (bsz, vocab)."""
     return -F.cross_entropy(logits, tokens, reduction="none")
 
 
 def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token for each row, (bsz, 1), from the likeliest that together have p.
+    """Draw a token for each row, (bsz, 1), from the likeliest tokens that have p together.
 
-    Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). The
-    draw is a race of exponential clocks, which token i wins with probability p_i.
-    Unlike torch.multinomial it does not make the host wait for a GPU.
+    Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). The draw is a
+    race of exponential clocks, which token i wins with probability p_i. Unlike
+    torch.multinomial it does not make the host wait for a GPU.
     """
     if p < 1:
         ordered, indices = probs.sort(dim=-1, descending=True)

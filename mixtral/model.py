@@ -1,15 +1,15 @@
 """Mixtral: Llama's transformer with a sparse mixture of experts in every layer.
 
-It reads from top to bottom: attention as in Llama 2, `MoE` in the place of the
-feed-forward layer, and `Transformer`. The T tokens of a pass, of one row of the cache or
-of many, lie end to end in one (T, dim) tensor without padding. This is plain PyTorch for
-any device; decode.py makes GPUs fast at one new token a row.
+It reads from top to bottom: attention as in Llama 2, `MoE` in the place of the feed-forward
+layer, and `Transformer`. The T tokens of a pass, of one row of the cache or of many, lie end
+to end in one (T, dim) tensor without padding. This is plain PyTorch for any device; decode.py
+makes GPUs fast at one new token per row.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # cuDNN's is left out: it prepares itself anew for every length of a prompt.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-ATTENTION += [SDPBackend.MATH]
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# A GPU processes slices of at least so many tokens even if their expert is in host
-# memory. Its weights, 352 MB in 8x7B, cross in 30 to 60 ms, in which a processor of
-# 1 TFLOP/s processes about as many tokens. (An estimate, not measured.)
+# A GPU processes slices of at least so many tokens even if their expert is in host memory. Its
+# weights, 352 MB in 8x7B, cross in 30 to 60 ms, in which a processor of 1 TFLOP/s processes
+# about as many tokens. (An estimate, not measured.)
 MOVE_WEIGHTS = 128
 
 
-@dataclass
+@dataclass(frozen=True)
 class ModelArgs:
     """The sizes of a model, by default 8x7B's, and of its cache of keys and values.
 
@@ -49,13 +48,15 @@ class ModelArgs:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, kind = getattr(self, field.name), "a whole number from 1 to 2**31"
-            good = type(value) is int and 0 < value < 2**31
-            if field.type is float:
-                kind = "a finite number above 0"
-                good = type(value) in (int, float) and 0 < value < 1e300
-            if not good:
-                raise ValueError(f"{field.name} must be {kind}, not {value!r:.40}")
+            name = field.name
+            value = getattr(self, name)
+            if name in ("norm_eps", "rope_theta"):
+                if type(value) not in (int, float) or not 0 < value < 1e300:
+                    raise ValueError(f"{name} must be a finite number above 0, not {value!r:.40}")
+            elif type(value) is not int or not 0 < value < 2**31:
+                raise ValueError(
+                    f"{name} must be a whole number from 1 to 2**31, not {value!r:.40}"
+                )
         if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
             raise ValueError("head_dim must be even, n_heads a multiple of n_kv_heads")
         if self.num_experts_per_tok > self.num_experts:
@@ -81,11 +82,41 @@ class Batch(NamedTuple):
     freqs_cis: Tensor  # (T, 1, head_dim / 2)
 
 
-class Linear(nn.Module):
+class Place(NamedTuple):
+    """Where weights are, and as which type."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, device=self.device, dtype=self.dtype)
+
+
+class Fixed(nn.Module):
+    """A module whose parameters may be slices of larger tensors that are used as a whole.
+
+    They can be filled, but to replace them would leave the larger tensor behind. So what
+    replaces parameters raises RuntimeError: .to(), .float(), load_state_dict(assign=True).
+    """
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "Fixed":
+        raise RuntimeError("a model stays as it was built: build another for this device or dtype")
+
+    def _load_from_state_dict(
+        self, state_dict: dict, prefix: str, local_metadata: dict, *rest: Any
+    ) -> None:
+        if local_metadata.get("assign_to_params_buffers"):
+            raise RuntimeError("load_state_dict must copy into the model's weights, not assign")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+class Linear(Fixed):
     """A bias-free linear layer whose weight may be a slice of a larger tensor.
 
     A weight of type int8 has a scale for each of its rows.
     """
+
+    scale: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor | None = None):
         super().__init__()
@@ -99,18 +130,24 @@ class Linear(nn.Module):
         return linear_int8(x, weight, self.scale.to(x.device))
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor has Intel's matrix unit for bfloat16."""
+    return bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x (T, in_features) times the transpose of weight (out_features, in_features)."""
     onednn = torch.backends.mkldnn
-    if len(x) > 1 or x.is_cuda or not onednn.enabled:
+    if len(x) > 1 or x.is_cuda or has_amx() or not onednn.enabled:
         return F.linear(x, weight)
-    # For a single row PyTorch's own kernel is twice as fast as oneDNN, which repacks
-    # the weight at every call. From two rows on oneDNN is as fast or faster.
-    onednn.enabled = False
+    # For a single row on an AMD Zen 4, PyTorch's own kernel is twice as fast as oneDNN, which
+    # repacks the weight at every call. On an Intel Xeon with AMX it is the slower one.
+    onednn.enabled = False  # type: ignore[assignment]  # a property of the module, to mypy unknown
     try:
         return F.linear(x, weight)
     finally:
-        onednn.enabled = True
+        onednn.enabled = True  # type: ignore[assignment]
 
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
@@ -133,58 +170,74 @@ def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:
 
 def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
     """Rotate the interleaved pairs of x (T, heads, head_dim), in float32."""
-    pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2))
+    pairs = torch.view_as_complex(x.float().view(*x.shape[:2], -1, 2))  # (T, heads, head_dim / 2)
     return torch.view_as_real(pairs * freqs_cis).view(x.shape).type_as(x)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over a cache of keys and values."""
 
-    def __init__(self, args: ModelArgs, factory: dict):
+    cache_k: Tensor
+    cache_v: Tensor
+
+    def __init__(self, args: ModelArgs, place: Place):
         super().__init__()
-        empty = functools.partial(torch.empty, **factory)
-        self.n_heads, self.n_kv_heads = args.n_heads, args.n_kv_heads
+        self.n_heads = args.n_heads
+        self.n_kv_heads = args.n_kv_heads
         self.head_dim = args.head_dim
-        sizes = [n * args.head_dim for n in (args.n_heads, *[args.n_kv_heads] * 2)]
-        # wq, wk and wv are slices of one matrix, so that one product serves all three.
-        self.wqkv = empty(sum(sizes), args.dim)
-        self.wq, self.wk, self.wv = map(Linear, self.wqkv.split(sizes))
-        self.wo = Linear(empty(args.dim, args.n_heads * args.head_dim))
+        q_size = args.n_heads * args.head_dim
+        kv_size = args.n_kv_heads * args.head_dim
+        # One matrix, so that one product serves all three. wq, wk and wv are slices of it.
+        self.wqkv = place.empty(q_size + 2 * kv_size, args.dim)
+        wq, wk, wv = self.wqkv.split((q_size, kv_size, kv_size))
+        self.wq = Linear(wq)
+        self.wk = Linear(wk)
+        self.wv = Linear(wv)
+        self.wo = Linear(place.empty(args.dim, q_size))
         cache = (args.max_batch_size, args.max_seq_len, args.n_kv_heads, args.head_dim)
-        self.register_buffer("cache_k", empty(cache), persistent=False)
-        self.register_buffer("cache_v", empty(cache), persistent=False)
+        self.register_buffer("cache_k", place.empty(*cache), persistent=False)
+        self.register_buffer("cache_v", place.empty(*cache), persistent=False)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        heads, kv_heads = self.n_heads, self.n_kv_heads
-        qkv = linear(x, self.wqkv).view(len(x), -1, self.head_dim)
-        xqk, xv = qkv.split((heads + kv_heads, kv_heads), dim=1)
+        qkv = linear(x, self.wqkv)  # (T, (n_heads + 2 n_kv_heads) head_dim)
+        qkv = qkv.view(len(x), -1, self.head_dim)
+        xqk, xv = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=1)
         xqk = apply_rotary_emb(xqk, batch.freqs_cis)
-        xq, xk = xqk.split((heads, kv_heads), dim=1)  # (T, n_heads, head_dim), ...
-        self.cache_k[batch.rows, batch.positions] = xk
+        xq, xk = xqk.split((self.n_heads, self.n_kv_heads), dim=1)
+        self.cache_k[batch.rows, batch.positions] = xk  # (T, n_kv_heads, head_dim)
         self.cache_v[batch.rows, batch.positions] = xv
-        queries = xq.split([span.length for span in batch.spans])
+        queries = xq.split([span.length for span in batch.spans])  # (length, n_heads, head_dim)
         parts = [self.attend(q, span) for q, span in zip(queries, batch.spans)]
         return self.wo(torch.cat(parts))  # (T, dim)
 
     def attend(self, q: Tensor, span: Span) -> Tensor:
-        """Attention of a span's queries (length, n_heads, head_dim) over its row."""
-        row, end = slice(span.row, span.row + 1), span.start + span.length
-        k = self.cache_k[row, :end].transpose(1, 2)  # (1, n_kv_heads, end, head_dim)
-        v = self.cache_v[row, :end].transpose(1, 2)
-        if span.length == 1:  # no mask: a key's n_rep heads are as many queries
+        """Attention of a span's queries (length, n_heads, head_dim) over its row of the cache."""
+        end = span.start + span.length
+        k = self.cache_k[span.row, :end].transpose(0, 1)  # (n_kv_heads, end, head_dim)
+        v = self.cache_v[span.row, :end].transpose(0, 1)
+        if span.length == 1:
+            # One position needs no mask, so the n_rep query heads of a key head can be n_rep
+            # queries of it: keys are read once.
             q = q.view(1, self.n_kv_heads, -1, self.head_dim)
-            return F.scaled_dot_product_attention(q, k, v).view(1, -1)
-        # (n_rep, n_kv_heads, length, head_dim): keys are expanded, not copied
-        q = q.unflatten(1, (self.n_kv_heads, -1)).permute(2, 1, 0, 3)
-        k, v = (x.expand(len(q), -1, -1, -1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k[None], v[None]).view(1, -1)
+        # The batch axis is which query head of its group, so that keys expand without a copy.
+        q = q.unflatten(1, (self.n_kv_heads, -1))  # (length, n_kv_heads, n_rep, head_dim)
+        q = q.permute(2, 1, 0, 3)  # (n_rep, n_kv_heads, length, head_dim)
+        k = k.expand(len(q), -1, -1, -1)
+        v = v.expand(len(q), -1, -1, -1)
         if span.start == 0:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            from torch.nn.attention.bias import causal_lower_right  # takes 2 seconds
-
             mask = causal_lower_right(span.length, end)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.permute(2, 1, 0, 3).reshape(span.length, -1)
+        return out.permute(2, 1, 0, 3).reshape(span.length, -1)  # (length, n_heads head_dim)
+
+
+def causal_lower_right(length: int, end: int) -> Tensor:
+    """The mask of the last `length` of `end` positions, each of which sees what is before it."""
+    from torch.nn.attention import bias  # takes two seconds, which short prompts need not wait
+
+    return bias.causal_lower_right(length, end)
 
 
 class FeedForward(nn.Module):
@@ -192,15 +245,57 @@ class FeedForward(nn.Module):
 
     def __init__(self, w1: Linear, w2: Linear, w3: Linear):
         super().__init__()
-        self.w1, self.w2, self.w3 = w1, w2, w3
+        self.w1 = w1
+        self.w2 = w2
+        self.w3 = w3
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
-    def fetch(self, x: Tensor) -> Tensor:
-        """x where it is to be processed: with the weights, unless they had better move."""
+    def bring(self, x: Tensor) -> Tensor:
+        """x on the device that is to process it: where the weights are, unless these move."""
         device = self.w1.weight.device
-        return x if device.type == "cpu" and len(x) >= MOVE_WEIGHTS else x.to(device)
+        weights_move = device.type == "cpu" and len(x) >= MOVE_WEIGHTS
+        return x if weights_move else x.to(device)
+
+
+class Stack(NamedTuple):
+    """The n experts of one place, as tensors of which each expert has a slice."""
+
+    first: int  # the id of the first of them
+    w1: Tensor  # (n, hidden_dim, dim)
+    w2: Tensor  # (n, dim, hidden_dim)
+    w3: Tensor  # (n, hidden_dim, dim)
+    scales: tuple[Tensor, Tensor, Tensor] | None  # of the rows of w1, w2 and w3, if int8
+
+    def experts(self) -> Iterator[FeedForward]:
+        for e in range(len(self.w1)):
+            weights = (self.w1[e], self.w2[e], self.w3[e])
+            if self.scales is None:
+                yield FeedForward(*map(Linear, weights))
+            else:
+                yield FeedForward(*map(Linear, weights, [scale[e] for scale in self.scales]))
+
+
+def empty_stack(
+    first: int, n: int, args: ModelArgs, place: Place, scale_dtype: torch.dtype
+) -> Stack:
+    w1 = place.empty(n, args.hidden_dim, args.dim)
+    w2 = place.empty(n, args.dim, args.hidden_dim)
+    w3 = place.empty(n, args.hidden_dim, args.dim)
+    if place.dtype != torch.int8:
+        return Stack(first, w1, w2, w3, None)
+    scales = Place(place.device, scale_dtype)
+    s1 = scales.empty(n, args.hidden_dim)
+    s2 = scales.empty(n, args.dim)
+    s3 = scales.empty(n, args.hidden_dim)
+    return Stack(first, w1, w2, w3, (s1, s2, s3))
+
+
+def deal(n_experts: int, n_places: int) -> list[int]:
+    """How many experts each place gets: as equal as can be, the first ones one more."""
+    least, more = divmod(n_experts, n_places)
+    return [least + 1] * more + [least] * (n_places - more)
 
 
 class MoE(nn.Module):
@@ -209,70 +304,101 @@ class MoE(nn.Module):
     The experts are dealt out to the places, devices or host memory, in order.
     """
 
-    def __init__(self, args: ModelArgs, factory: dict, places: Sequence[dict]):
+    def __init__(self, args: ModelArgs, place: Place, expert_places: Sequence[Place]):
         super().__init__()
-        self.top_k, self.places = args.num_experts_per_tok, places
-        self.gate = Linear(torch.empty(args.num_experts, args.dim, **factory))
-        self.experts, self.grouped = nn.ModuleList(), None
-        n, up = args.num_experts // len(places), (args.hidden_dim, args.dim)
-        for place in places:
-            layers = [stack(n, *s, place, factory) for s in (up, up[::-1], up)]
-            self.experts.extend(map(FeedForward, *layers))
+        self.top_k = args.num_experts_per_tok
+        self.gate = Linear(place.empty(args.num_experts, args.dim))
+        self.places = expert_places
+        self.stacks: list[Stack] = []  # one for each place that is a GPU
+        experts: list[FeedForward] = []
+        for each, n in zip(expert_places, deal(args.num_experts, len(expert_places))):
+            stack = empty_stack(len(experts), n, args, each, place.dtype)
+            experts += stack.experts()
+            # On the CPU the mapped files become the weights, and a stack is of no use.
+            if each.device.type == "cuda":
+                self.stacks.append(stack)
+        self.experts = module_list(experts)
+        self.grouped = len(expert_places) == 1 and has_grouped_mm(args, expert_places[0])
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mix(x, self.gate(x)).type_as(x)
 
     def mix(self, x: Tensor, logits: Tensor) -> Tensor:
         """Each token's experts of x (T, dim), weighted and summed: float32 (T, dim)."""
-        logits, chosen = logits.float().topk(self.top_k)  # (T, top_k)
-        weights = logits.softmax(dim=-1)
+        top_logits, chosen = logits.float().topk(self.top_k)  # (T, top_k)
+        weights = top_logits.softmax(dim=-1)
         # Sorted by expert, the (token, choice) pairs of an expert are a slice.
-        pairs = chosen.flatten().argsort(stable=True)  # (T * top_k,)
-        counts = F.one_hot(chosen, len(self.experts)).sum((0, 1))
+        expert_of_pair, pairs = chosen.flatten().sort(stable=True)  # (T * top_k,)
+        ids = torch.arange(len(self.experts), device=x.device)
+        ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)
         tokens = x[pairs // self.top_k]  # (T * top_k, dim)
-        process = self.grouped or self.one_by_one  # the former set by decode.py
         out = torch.empty_like(tokens)
-        out[pairs] = process(tokens, counts)
+        if self.grouped:
+            out[pairs] = self.all_at_once(tokens, ends)
+        else:
+            out[pairs] = self.one_by_one(tokens, ends)
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
-    def one_by_one(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """The slices of tokens, counts[e] of them for expert e, after their experts."""
-        slices = tokens.split(counts.tolist())  # the layer's one wait
-        work = [(e, part) for e, part in zip(self.experts, slices) if len(part)]
-        work = [(e, e.fetch(part)) for e, part in work]  # copies first,
-        outs = [expert(part) for expert, part in work]  # all work under way,
-        return torch.cat([out.to(tokens.device) for out in outs])  # copies back last
+    def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """The slices of tokens, of which expert e's ends at ends[e], after their experts."""
+        slices = tokens.tensor_split(ends.tolist()[:-1])  # the layer's one wait
+        used = [(expert, part) for expert, part in zip(self.experts, slices) if len(part)]
+        # Copies to all devices are made first, so that all of these work at the same time.
+        inputs = [expert.bring(part) for expert, part in used]
+        outs = [expert(part) for (expert, _), part in zip(used, inputs)]
+        return torch.cat([out.to(tokens.device) for out in outs])
+
+    def all_at_once(self, tokens: Tensor, ends: Tensor) -> Tensor:
+        """one_by_one in three products, for which the host need not know the ends."""
+        stack = self.stacks[0]
+        gate = F.grouped_mm(tokens, stack.w1.mT, offs=ends)  # (T * top_k, hidden_dim)
+        up = F.grouped_mm(tokens, stack.w3.mT, offs=ends)
+        return F.grouped_mm(F.silu(gate, inplace=True).mul_(up), stack.w2.mT, offs=ends)
 
 
-def stack(n: int, rows: int, columns: int, place: dict, factory: dict) -> Iterator[Linear]:
-    """n linear layers whose weights are slices of one tensor."""
-    weights = torch.empty(n, rows, columns, **place)
-    if weights.dtype != torch.int8:
-        return map(Linear, weights)
-    scale = torch.empty(n, rows, dtype=factory["dtype"], device=weights.device)
-    return map(Linear, weights, scale)
+def has_grouped_mm(args: ModelArgs, place: Place) -> bool:
+    """Whether F.grouped_mm can process a place's experts without a wait of the host."""
+    if place.device.type != "cuda" or place.dtype != torch.bfloat16:
+        return False
+    rows_are_aligned = args.dim % 8 == 0 and args.hidden_dim % 8 == 0  # to 16 bytes
+    return rows_are_aligned and torch.cuda.get_device_capability(place.device) >= (9, 0)
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, factory: dict, places: Sequence[dict]):
+    def __init__(self, args: ModelArgs, place: Place, expert_places: Sequence[Place]):
         super().__init__()
-        self.attention = Attention(args, factory)
-        self.feed_forward = MoE(args, factory, places)
-        self.attention_norm = nn.RMSNorm(args.dim, args.norm_eps, **factory)
-        self.ffn_norm = nn.RMSNorm(args.dim, args.norm_eps, **factory)
+        self.attention = Attention(args, place)
+        self.feed_forward = MoE(args, place, expert_places)
+        self.attention_norm = norm(args, place)
+        self.ffn_norm = norm(args, place)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         h = x + self.attention(self.attention_norm(x), batch)
         return h + self.feed_forward(self.ffn_norm(h))
 
 
-class Transformer(nn.Module):
+def norm(args: ModelArgs, place: Place) -> nn.RMSNorm:
+    return nn.RMSNorm(args.dim, args.norm_eps, device=place.device, dtype=place.dtype)
+
+
+class DecodeStep(Protocol):
+    """A faster way to the logits after one new token in each of at most max_rows rows."""
+
+    max_rows: int
+
+    def __call__(self, tokens: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Logits, float32 (T, vocab), given (T,) each."""
+
+
+class Transformer(Fixed):
     """The whole model under the checkpoint's names; its weights are not yet filled.
 
-    Expert e of a layer is on devices[e // (num_experts / len(devices))], or in host
-    memory in the last cpu_layers layers; all else is on devices[0]. A device may be
-    named more than once. Raises ValueError if the devices cannot share the experts.
+    The experts of a layer are dealt out to the devices in order, or are in host memory in the
+    last cpu_layers layers; all else is on devices[0]. A device may be named more than once.
+    Raises ValueError if the devices cannot share the experts.
     """
+
+    freqs_cis: Tensor
 
     def __init__(
         self,
@@ -283,52 +409,43 @@ class Transformer(nn.Module):
         int8: bool = False,
     ):
         super().__init__()
-        devices = [torch.device(device) for device in devices]
-        if not devices or params.num_experts % len(devices):
-            shared = f"{params.num_experts} experts cannot be shared equally by"
-            raise ValueError(f"{shared} {len(devices)} devices")
-        if len({device.type for device in devices}) > 1:
-            raise ValueError(f"{devices} are not all of one type")
+        self.devices = [torch.device(device) for device in devices]
+        if not 1 <= len(devices) <= params.num_experts:
+            shared = f"{params.num_experts} experts cannot be shared by {len(devices)} devices"
+            raise ValueError(shared)
+        if len({device.type for device in self.devices}) > 1:
+            raise ValueError(f"{self.devices} are not all of one type")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype}")
-        self.params, self.devices, self.device = params, devices, devices[0]
-        self.decoder = None  # see prepare()
-        factory = {"device": self.device, "dtype": dtype}
-        kind = {"dtype": torch.int8 if int8 else dtype}
-        on_devices = [{"device": device, **kind} for device in devices]
-        on_host = [{"device": torch.device("cpu"), **kind}]
-        places = [on_devices] * (params.n_layers - cpu_layers) + [on_host] * cpu_layers
-        table = torch.empty(params.vocab_size, params.dim, **factory)
-        self.tok_embeddings = nn.Embedding.from_pretrained(table)
-        self.layers = nn.ModuleList(TransformerBlock(params, factory, each) for each in places)
-        self.norm = nn.RMSNorm(params.dim, params.norm_eps, **factory)
-        self.output = Linear(torch.empty(params.vocab_size, params.dim, **factory))
-        rope = params.head_dim, params.max_seq_len, params.rope_theta
-        freqs_cis = precompute_freqs_cis(*rope)
+        self.params = params
+        self.device = self.devices[0]
+        self.decoder: DecodeStep | None = None  # attached by generation.py, made by decode.py
+        self.n_passes = 0  # so that who has written to the cache can tell whether others did
+
+        place = Place(self.device, dtype)
+        expert_dtype = torch.int8 if int8 else dtype
+        on_devices = [Place(device, expert_dtype) for device in self.devices]
+        on_host = [Place(torch.device("cpu"), expert_dtype)]
+        self.tok_embeddings = nn.Embedding.from_pretrained(
+            place.empty(params.vocab_size, params.dim)
+        )
+        layers: list[TransformerBlock] = []
+        for i in range(params.n_layers):
+            places = on_devices if i < params.n_layers - cpu_layers else on_host
+            layers.append(TransformerBlock(params, place, places))
+        self.layers = module_list(layers)
+        self.norm = norm(params, place)
+        self.output = Linear(place.empty(params.vocab_size, params.dim))
+        freqs_cis = precompute_freqs_cis(params.head_dim, params.max_seq_len, params.rope_theta)
         self.register_buffer("freqs_cis", freqs_cis.to(self.device), persistent=False)
         self.requires_grad_(False)
-
-    def prepare(self, report: Callable[[str], None]) -> None:
-        """Compile and record what makes GPUs fast: see decode.py.
-
-        To be called once the weights are loaded and before the first prompt, since it
-        writes to the cache. If it fails, report is called with the reason, and all runs
-        in plain PyTorch.
-        """
-        if self.device.type == "cuda":
-            try:
-                from .decode import Decoder  # imports Triton
-
-                self.decoder = self.decoder or Decoder(self, report)
-            except Exception as error:  # noqa: BLE001 - whatever a compiler raises
-                why = str(error).partition("\n")[0]
-                report(f"warning: decoding without fast kernels, slower: {why}")
 
     def forward(self, tokens: Tensor, start_pos: int | Sequence[int] = 0) -> Tensor:
         """Logits, float32 (bsz, seqlen, vocab), after each of tokens (bsz, seqlen).
 
-        start_pos is the position of each row's first token, or one for all rows; the
-        tokens before it are in the cache.
+        start_pos is the position of each row's first token, or one for all rows; the tokens
+        before it are in the cache. This is Llama's signature; generation.py has rows of
+        different lengths and calls forward_packed.
         """
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
@@ -343,10 +460,15 @@ class Transformer(nn.Module):
 
         If last_only, only those after each span's last token, (len(spans), vocab).
         """
-        where = [(s.row, s.start + i) for s in spans for i in range(s.length)]
-        where = torch.tensor(where).T.contiguous()  # (2, T)
-        rows, positions = where.to(self.device, non_blocking=True)
-        tokens = tokens.to(self.device, non_blocking=True)
+        self.n_passes += 1
+        row_of_token: list[int] = []
+        position_of_token: list[int] = []
+        for span in spans:
+            row_of_token += [span.row] * span.length
+            position_of_token += range(span.start, span.start + span.length)
+        where = torch.tensor([row_of_token, position_of_token], device="cpu")  # (2, T)
+        rows, positions = send(where, self.device)
+        tokens = send(tokens, self.device)
         if self.decoder and len(tokens) == len(spans) <= self.decoder.max_rows:
             return self.decoder(tokens, rows, positions)
         batch = Batch(spans, rows, positions, self.freqs_cis[positions, None])
@@ -355,6 +477,19 @@ class Transformer(nn.Module):
             for layer in self.layers:
                 h = layer(h, batch)
         if last_only:
-            ends = torch.tensor([span.length for span in spans]).cumsum(0) - 1
-            h = h[ends.to(self.device, non_blocking=True)]
+            ends = torch.tensor([span.length for span in spans], device="cpu").cumsum(0)
+            h = h[send(ends - 1, self.device)]  # (len(spans), dim)
         return self.output(self.norm(h)).float()
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """x on the device. The host waits for a copy to itself, which it could read too early."""
+    return x.to(device, non_blocking=device.type == "cuda")
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def module_list(modules: Iterable[Module]) -> Sequence[Module]:
+    """An nn.ModuleList, to a type checker a sequence of what is in it."""
+    return cast(Sequence[Module], nn.ModuleList(modules))

@@ -1,12 +1,15 @@
 """What all tests share: checkpoints to load, and GPU tests that skip by themselves."""
 
 import json
+import logging
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+pytest_plugins = ["helpers.gpus"]  # its fixture
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)  # quickest for models this small
 
@@ -71,3 +74,47 @@ def checkpoint(tmp_path_factory, v1) -> Path:
     (folder / "params.json").write_text(json.dumps(sizes | {"moe": moe}))
     shutil.copy(v1, folder / "tokenizer.model")
     return folder
+
+
+# Checkpoints of helpers/checkpoints.py's tiny model
+
+
+@pytest.fixture(scope="session")
+def source():
+    """The model that is written to the folders."""
+    from helpers.checkpoints import ARGS
+    from helpers.reference import random_transformer
+
+    return random_transformer(ARGS, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def folders(source, tmp_path_factory) -> dict[str, Path]:
+    """The model in each layout, not to be changed."""
+    from helpers.checkpoints import ARGS
+    from helpers.layouts import LAYOUTS, write
+
+    top = tmp_path_factory.mktemp("layouts")
+    state = source.state_dict()
+    return {layout: write(top / layout, layout, ARGS, state) for layout in LAYOUTS}
+
+
+@pytest.fixture
+def copy_of(folders, tmp_path):
+    """copy_of(layout) is a folder to change."""
+    return lambda layout: shutil.copytree(folders[layout], tmp_path / "model")
+
+
+@pytest.fixture
+def logged() -> Iterator[list[str]]:
+    """The messages that the package logs, from INFO up, as they come."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("mixtral")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield messages
+    logger.removeHandler(handler)
+    logger.setLevel(level)

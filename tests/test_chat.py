@@ -36,7 +36,7 @@ PARTS += [
     "[INST ]",
     "/INST]",
 ]
-PARTS += ["<", "s>", "<unk>", "▁", "\x00", "�"]
+PARTS += ["<", "s>", "<unk>", "▁", "\x00", "�", *TAGS, *TAGS]
 
 
 def dialog(*contents: str, system: str | None = None) -> list[dict[str, str]]:
@@ -66,9 +66,6 @@ BAD = [
     *([{"role": "user", "content": content}] for content in (None, 7, ["Hi"])),
     [{"role": ["user"], "content": "Hi"}],
     [*dialog("Hi", "Hello!"), {"role": "user"}],
-    *(dialog(f"a{tag}b") for tag in TAGS),
-    *(dialog("Hi", system=tag) for tag in TAGS),
-    *(dialog("Hi", f"{tag} ", "Well") for tag in TAGS),
 ]
 
 
@@ -97,17 +94,11 @@ def official(tokenizer):
 
 
 def random_dialog(draw: random.Random) -> list[dict[str, str]]:
-    """Of one to seven turns without tags; what the assistant says is never empty."""
+    """Of one to seven turns; what the assistant says is never empty."""
 
     def text(least: int) -> str:
-        while True:
-            parts = [
-                *PARTS,
-                chr(draw.choice([0x3A0, 0x4E00, 0x1F600]) + draw.randrange(64)),
-            ]
-            text = "".join(draw.choices(parts, k=draw.randint(least, 6)))
-            if not any(tag in text for tag in TAGS):
-                return text
+        letter = chr(draw.choice([0x3A0, 0x4E00, 0x1F600]) + draw.randrange(64))
+        return "".join(draw.choices([*PARTS, letter], k=draw.randint(least, 6)))
 
     contents = [text(i % 2) for i in range(2 * draw.randint(0, 3) + 1)]
     return dialog(*contents, system=draw.choice([None, text(0)]))
@@ -116,6 +107,7 @@ def random_dialog(draw: random.Random) -> list[dict[str, str]]:
 def test_dialogs_are_encoded_as_published(tokenizer, official):
     draw = random.Random(7)
     dialogs = [dialog("Hi", "Hello", "How?", system="")]
+    dialogs += [dialog(tag, f"a{tag}", f"{tag}b", system=tag) for tag in TAGS]
     dialogs += [random_dialog(draw) for _ in range(200)]
     before = copy.deepcopy(dialogs)
     eos = torch.nn.functional.one_hot(torch.tensor(tokenizer.eos_id), tokenizer.n_words)
@@ -126,6 +118,8 @@ def test_dialogs_are_encoded_as_published(tokenizer, official):
     assert answers == [nothing] * len(dialogs)
     for row, messages in enumerate(dialogs):
         assert stub.heard[row] == official(messages), messages
+        n_answers = sum(message["role"] == "assistant" for message in messages)
+        assert stub.heard[row].count(1) == 1 and stub.heard[row].count(2) == n_answers
     assert dialogs == before
 
 

@@ -21,8 +21,7 @@ from helpers.tiny import (
     to_the_limit,
 )
 
-from mixtral import Mixtral, ModelArgs, Tokenizer
-from mixtral.generation import PREFILL_TOKENS
+from mixtral import Mixtral, ModelArgs, Tokenizer, generation
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -56,7 +55,7 @@ def requests(draw):
 def test_random_batches(request):
     """Prompts up to max_seq_len, in any number of passes, with any token as eos."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PREFILL_TOKENS, "cpu", request.chunk)
+        patch.setattr(generation, "prefill_tokens", lambda device: request.chunk)
         check_greedy(tiny(request.eos, request.room), **request.arguments)
 
 
@@ -66,7 +65,7 @@ def test_passes(monkeypatch, chunk, cut):
 
     Logits within a prompt are computed only for echo with logprobs.
     """
-    monkeypatch.setitem(PREFILL_TOKENS, "cpu", chunk)
+    monkeypatch.setattr(generation, "prefill_tokens", lambda device: chunk)
     whole, rest = divmod(sum(map(len, PROMPTS)), chunk)
     chunks = [chunk] * whole + [rest] * (rest > 0)
     for echo, logprobs in itertools.product([False, True], repeat=2):
@@ -103,7 +102,7 @@ def test_no_mask_of_a_whole_prompt(monkeypatch):
     sizes |= {"hidden_dim": 8, "vocab_size": 16, "num_experts": 2}
     args = ModelArgs(**sizes, max_batch_size=1, max_seq_len=length)
     generator = Mixtral(random_transformer(args), SimpleNamespace(eos_id=-1))
-    monkeypatch.setitem(PREFILL_TOKENS, "cpu", chunk)
+    monkeypatch.setattr(generation, "prefill_tokens", lambda device: chunk)
     cpu = torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
         generator.generate([[3] * length], 1, temperature=0)
@@ -115,7 +114,7 @@ def test_no_mask_of_a_whole_prompt(monkeypatch):
 @pytest.mark.parametrize("passes", [0, 2, 4, 9])
 def test_after_an_interruption(monkeypatch, passes):
     """In a prompt's first chunk, in a later one, or while decoding."""
-    monkeypatch.setitem(PREFILL_TOKENS, "cpu", 16)
+    monkeypatch.setattr(generation, "prefill_tokens", lambda device: 16)
     generator, count = tiny(), itertools.count()
 
     def interrupt(*_):

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 from mixtral import ModelArgs, Transformer
-from mixtral.checkpoint import memory_needed
+from mixtral.devices import memory_needed
 
 V03 = {"dim": 6144, "n_layers": 56, "n_heads": 48, "hidden_dim": 16384}
 SIZES = {"8x7B": ModelArgs(), "8x22B": ModelArgs(**V03, vocab_size=32768)}

@@ -55,7 +55,7 @@ def test_stream_comes_as_it_is_made(tokenizer):
     script = tokenizer.encode("one two three four five six", bos=False, eos=False)
     generator = saying(tokenizer, [prompt], [script])
     stream = generator.stream_completion("zero", 0)
-    passes = [generator.model.passes for _ in stream]
+    passes = [generator.model.n_passes for _ in stream]
     assert passes == sorted(set(passes))
     assert passes[0] <= 2 and len(passes) >= len(script) - 1
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 
 import pytest
+from helpers.tokens import fine_tune, stream
 
 from mixtral import Tokenizer
 
@@ -49,21 +50,6 @@ def official(path):
     from mistral_common.tokens.tokenizers import sentencepiece
 
     return sentencepiece.SentencePieceTokenizer(str(path))
-
-
-def stream(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """What decode_stream() has yielded after each token, and at the end."""
-    text, states = "", []
-
-    def one_at_a_time():
-        for token in tokens:
-            yield token
-            states.append(text)
-
-    for part in tokenizer.decode_stream(one_at_a_time()):
-        assert part
-        text += part
-    return [*states, text]
 
 
 def test_ids(v1, v3):
@@ -178,7 +164,6 @@ DIALOGS = {
         [{"role": "system", "content": "\udcff"}, user("Hi")],
         [user("Hi"), {"role": "assistant", "content": "\udcff"}, user("Hi")],
     ],
-    "must not contain": [[user("a[/INST]b")]],
 }
 
 
@@ -191,25 +176,37 @@ def test_no_dialog(tokenizer, reason):
 
 
 FILES = {
-    "empty": lambda good: b"",
-    "garbage": lambda good: b"garbage" * 1000,
-    "JSON": lambda good: b'{"version": "1.0"}',
-    "LFS pointer": lambda good: b"version https://git-lfs\n",
-    "truncated": lambda good: good[:100_000],
-    "another length": lambda good: good.replace(b"ing", b"ing" * 9, 1),
-    "a piece that is not UTF-8": lambda good: good.replace(b"ing", b"i\xffg", 1),
-    "no bos": lambda good: good.replace(b"\n\x03<s>", b"\n\x03<t>", 1),
-    "no eos": lambda good: good.replace(b"\n\x04</s>", b"\n\x04</t>", 1),
+    "is not a readable SentencePiece model": {
+        "empty": lambda good: b"",
+        "garbage": lambda good: b"garbage" * 1000,
+        "truncated": lambda good: good[:100_000],
+        "another length": lambda good: good.replace(b"ing", b"ing" * 9, 1),
+        "a piece that is not UTF-8": lambda good: good.replace(b"ing", b"i\xffg", 1),
+    },
+    "is a Git LFS pointer .*: run git lfs pull": {
+        "pointer": lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
+    },
+    "is JSON, .*: give the checkpoint's tokenizer.model": {
+        "tokenizer.json": lambda good: b'{\n  "version": "1.0",\n  "model": {"type": "BPE"}}',
+        "tekken.json": lambda good: b'{"config": {"pattern": "x"}, "vocab": []}',
+        "after a mark": lambda good: b'\xef\xbb\xbf {"version": "1.0"}',
+        "list": lambda good: b"[]",
+    },
+    "has no bos or no eos": {
+        "no bos": lambda good: good.replace(b"\n\x03<s>", b"\n\x03<t>", 1),
+        "no eos": lambda good: good.replace(b"\n\x04</s>", b"\n\x04</t>", 1),
+    },
 }
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_no_tokenizer(tmp_path, v1, name):
+@pytest.mark.parametrize("reason", FILES)
+def test_no_tokenizer(tmp_path, v1, reason):
     path = tmp_path / "bad.model"
-    path.write_bytes(FILES[name](v1.read_bytes()))
-    reason = "no bos or no eos" if name.startswith("no ") else "not a readable"
-    with pytest.raises(ValueError, match=rf"bad\.model .*{reason}"):
-        Tokenizer(path)
+    for name, make in FILES[reason].items():
+        path.write_bytes(make(v1.read_bytes()))
+        with pytest.raises(ValueError, match=rf"^{path} {reason}[^\n]*$"):
+            Tokenizer(path)
+            pytest.fail(name)
 
 
 def test_files_that_are_not_read(tmp_path):
@@ -223,3 +220,28 @@ def test_files_that_are_not_read(tmp_path):
         with pytest.raises((FileNotFoundError, ValueError), match=rf"{path}\b") as error:
             Tokenizer(path)
         assert error.type is (ValueError if name == "large" else FileNotFoundError)
+        assert ("a folder" in str(error.value)) == (name == "")
+        assert "give a tokenizer.model" in str(error.value) or name == ""
+
+
+def test_prompts_that_spell_control_tokens(v1, v3, tmp_path):
+    """A hint is a line for a person, given if the names would be letters."""
+    tuned = fine_tune(tmp_path / "v1", v1)
+    named = fine_tune(tmp_path / "v3", v3, {"<s>": 1, "[INST]": 3, "[/INST]": 4})
+    for path, text, hint in (
+        (v1, "Hi", None),
+        (v1, "[INST] Hi [/INST]", None),  # v1's own format is spelt in letters
+        (v1, "<s>[INST] Hi [/INST]", "<s>"),
+        (v1, "\n <s>Hi", "<s>"),
+        (v1, "What does <s> do?", None),
+        (v3, "Hi", None),
+        (v3, "[INST] Hi [/INST]", "[INST]"),
+        (v3, "Hi [/INST]", "[/INST]"),
+        (v3, "<s>[INST] Hi [/INST]", "<s>"),
+        (tuned, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", None),
+        (tuned, "[INST] Hi [/INST]", None),
+        (named, "<s>[INST] Hi [/INST]", None),  # they become what they spell
+    ):
+        said = Tokenizer(path).chat_hint(text)
+        assert (said is None) == (hint is None)
+        assert hint is None or (hint in said and "--chat" in said and "\n" not in said)

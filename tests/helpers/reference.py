@@ -21,10 +21,10 @@ W123 = ("w1", "w2", "w3")
 
 
 def random_transformer(
-    args: ModelArgs, devices=("cpu",), dtype=torch.float32, seed: int = 0
+    args: ModelArgs, devices=("cpu",), dtype=torch.float32, seed: int = 0, **options
 ) -> Transformer:
     """A model with random weights: its logits are about 1, its gates choose clearly."""
-    model = Transformer(args, devices, dtype)
+    model = Transformer(args, devices, dtype, **options)
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         values = torch.randn(p.shape, generator=generator)

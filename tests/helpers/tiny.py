@@ -108,7 +108,7 @@ def check_greedy(
 ) -> None:
     """generate() returns what is expected of each prompt alone."""
     tokens, values = generator.generate(prompts, max_gen_len, temperature, top_p, logprobs, echo)
-    eos, room = generator.tokenizer.eos_id, generator.model.params.max_seq_len
+    (eos,), room = generator.stop_ids, generator.model.params.max_seq_len
     right = [expected(prompt, max_gen_len, eos, room, echo) for prompt in prompts]
     assert tokens == [its_tokens for its_tokens, _ in right]
     if logprobs:
@@ -140,14 +140,11 @@ class Stub:
     device = torch.device("cpu")
 
     def __init__(self, answer: Callable[[int, list[int]], torch.Tensor] | None, **sizes: int):
-        self.answer, self.heard, self.passes = answer, {}, 0
+        self.answer, self.heard, self.n_passes = answer, {}, 0
         self.params = ModelArgs(**{"max_batch_size": 8} | sizes)
 
-    def prepare(self, report):
-        pass
-
     def forward_packed(self, tokens, spans, last_only=False):
-        self.passes += 1
+        self.n_passes += 1
         logits = []
         for span, part in zip(spans, tokens.split([s.length for s in spans])):
             before = self.heard.get(span.row, [])[: span.start]

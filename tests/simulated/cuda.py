@@ -95,6 +95,7 @@ class Simulation(Queues, TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.count, self.capability = count, capability
         self.storages = weakref.WeakValueDictionary[int, Storage]()
+        self.peak: Counter[str] = Counter()  # the most bytes in use, since it was cleared
         self.launches: Counter[str] = Counter()
         Queues.__init__(self, count)
         self.reset()
@@ -141,7 +142,8 @@ class Simulation(Queues, TorchDispatchMode):
         source, place = data.device, to.device
         if self.recording:
             raise RuntimeError(f"a copy to {place} while a device is recorded")
-        self.copies.append((str(source), str(place), data.nbytes))
+        # PyTorch converts where the data is, before it crosses.
+        self.copies.append((str(source), str(place), to.nbytes))
         if place == CPU and not non_blocking:
             self.waited("copy_")
         if CPU in (source, place):
@@ -179,6 +181,7 @@ class Simulation(Queues, TorchDispatchMode):
         if (storage := self.storages.get(key := address(out))) is None:
             pool, size = self.recording and self.recording.pool, out.untyped_storage()
             storage = self.storages[key] = Storage(label, size.nbytes(), pool)
+            self.peak[str(label)] = max(self.peak[str(label)], self.bytes(label))
             if self.recording:
                 self.enter(label)  # allocates nothing but on the recorded device
                 pool.append((weakref.ref(storage), out))
@@ -341,6 +344,8 @@ def simulated_cuda(
         "device_count": lambda: count,
         "current_device": lambda: sim.current,
         "get_device_capability": lambda device=None: capability,
+        "memory_reserved": lambda device: sim.bytes(device),
+        "empty_cache": lambda: None,
         "mem_get_info": lambda device: (memory - sim.bytes(device), memory),
         "CUDAGraph": functools.partial(Graph, sim),
         "Event": functools.partial(Event, sim),

@@ -77,7 +77,7 @@ class Graph:
         self.records: list[Callable] = []
         self.inputs: list[weakref.ref] = []  # storages that are not of the pool
 
-    def capture_begin(self, pool: Any = None) -> None:
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         self.stream = self.queues.streams[self.queues.current]
         if self.queues.recording or self.stream in self.queues.defaults:
             raise RuntimeError("a recording needs a stream of its own, and one at a time")

@@ -1,0 +1,382 @@
+"""Which devices there are, what a model needs of each, and which options would make it fit."""
+
+import bisect
+import functools
+import gc
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .model import ModelArgs, Transformer, deal
+
+# Bytes that a device needs beside weights and cache, generously.
+ACTIVATIONS = 2**30
+
+# Nobody is advised to make the cache shorter than this many tokens.
+SHORTEST = 128
+
+
+def find_devices(num_gpus: int) -> list[str]:
+    """The devices to deal the experts out to: the first GPUs, or the CPU if num_gpus is 0.
+
+    Raises ValueError if there are not that many.
+    """
+    if type(num_gpus) is not int or num_gpus < 0:
+        raise ValueError(
+            f"num_gpus must be a whole number of GPUs, or 0 for the CPU, not {num_gpus!r:.40}"
+        )
+    visible = torch.cuda.device_count()
+    if num_gpus > visible:
+        raise ValueError(
+            f"num_gpus is {num_gpus}, but {visible} GPUs are visible: use fewer, or 0 for the CPU"
+        )
+    if num_gpus == 0:
+        return ["cpu"]
+    return [f"cuda:{i}" for i in range(num_gpus)]
+
+
+def check_memory(
+    args: ModelArgs,
+    devices: Sequence[str],
+    dtype: torch.dtype = torch.bfloat16,
+    cpu_layers: int = 0,
+    int8: bool = False,
+) -> None:
+    """Raise RuntimeError if the model does not fit, with the options that would make it fit.
+
+    Raises ValueError if the experts cannot be dealt out to these devices, or if there are no
+    cpu_layers layers to keep in host memory.
+    """
+    on_gpus = devices[0] != "cpu"
+    if len(devices) > args.num_experts:
+        raise ValueError(
+            f"{len(devices)} devices are too many: the model has {args.num_experts} experts, "
+            "and each device must hold one at least"
+        )
+    most = args.n_layers if on_gpus else 0
+    if type(cpu_layers) is not int or not 0 <= cpu_layers <= most:
+        limit = f"0 to {args.n_layers}, or 0 without GPUs"
+        raise ValueError(f"cpu_layers must be {limit}, not {cpu_layers!r}")
+
+    plan = Plan(args, tuple(devices), dtype, cpu_layers, int8)
+    if on_gpus:
+        release_unused(devices)
+    free = {device: free_memory(device) for device in [*devices, "cpu"]}
+    if fits(plan, free):
+        return
+    visible = visible_devices(plan)
+    free |= {device: free_memory(device) for device in visible if device not in free}
+    ways = ways_to_fit(plan, visible, free)
+    if ways:
+        options = ", or with ".join(describe_changes(plan, way) for way in ways)
+        advice = f"but would with {options}"
+    else:
+        advice = describe_least(plan, visible, free)
+    raise RuntimeError(f"the model does not fit, {advice} ({describe_shortages(plan, free)})")
+
+
+def memory_needed(
+    args: ModelArgs,
+    n_devices: int,
+    dtype: torch.dtype = torch.bfloat16,
+    cpu_layers: int = 0,
+    int8: bool = False,
+) -> list[int]:
+    """Bytes on each device and, last, those of the experts that are in host memory.
+
+    The first device holds all that is not an expert, and no other has more experts than it.
+    """
+    sizes = count_bytes(replace(args, max_batch_size=1, max_seq_len=1), dtype, int8)
+    cached = args.max_batch_size * args.max_seq_len * sizes.cached_token
+    shared = sizes.shared + cached + args.max_seq_len * sizes.rotary_factors
+    layers_on_devices = args.n_layers - cpu_layers
+    needed = [n * sizes.expert * layers_on_devices for n in deal(args.num_experts, n_devices)]
+    needed[0] += shared
+    return [*needed, args.num_experts * sizes.expert * cpu_layers]
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free on a GPU, or in host memory if device is "cpu"."""
+    if device == "cpu":
+        return free_host_memory()
+    return torch.cuda.mem_get_info(device)[0]
+
+
+# Ways to make a model fit
+
+
+class Plan(NamedTuple):
+    """A model and the options that decide what it needs, and where."""
+
+    args: ModelArgs
+    devices: tuple[str, ...]
+    dtype: torch.dtype
+    cpu_layers: int
+    int8: bool
+
+
+def needs(plan: Plan) -> dict[str, int]:
+    """Bytes that a plan needs on each device by its name; host memory is "cpu"."""
+    *on_devices, on_host = memory_needed(
+        plan.args, len(plan.devices), plan.dtype, plan.cpu_layers, plan.int8
+    )
+    needed = dict.fromkeys(plan.devices, ACTIVATIONS)
+    for device, size in zip(plan.devices, on_devices):
+        needed[device] += size  # a device may be named more than once
+    needed["cpu"] = needed.get("cpu", 0) + on_host
+    return needed
+
+
+def fits(plan: Plan, free: dict[str, int]) -> bool:
+    return all(size <= free[device] for device, size in needs(plan).items())
+
+
+def visible_devices(plan: Plan) -> list[str]:
+    """The plan's devices and, if these are GPUs, others that experts could be dealt out to."""
+    visible = list(plan.devices)
+    if plan.devices[0] != "cpu":
+        for i in range(torch.cuda.device_count()):
+            if f"cuda:{i}" not in visible:
+                visible.append(f"cuda:{i}")
+    return visible[: plan.args.num_experts]
+
+
+def ways_to_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Plan]:
+    """The plans that fit with the fewest options changed, and these as little as possible."""
+    ways = list(plans_that_fit(plan, visible, free))
+    for way in plans_that_fit(with_smallest_cache(plan), visible, free):
+        ways.append(with_largest_cache(way, plan.args, free))
+    least_changed: dict[frozenset[str], Plan] = {}
+    for way in ways:
+        least_changed.setdefault(changed_fields(plan, way), way)
+    fewest = min((len(changed) for changed in least_changed), default=0)
+    return [way for changed, way in least_changed.items() if len(changed) == fewest]
+
+
+def changed_fields(plan: Plan, other: Plan) -> frozenset[str]:
+    return frozenset(name for name in Plan._fields if getattr(plan, name) != getattr(other, name))
+
+
+def plans_that_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> Iterator[Plan]:
+    """The plan with 8 bits, more GPUs or more layers in host memory, as far as it then fits.
+
+    Of plans with the same options changed, the one that changes them least comes first.
+    """
+    for int8 in sorted({plan.int8, True}):
+        for n_devices in range(len(plan.devices), len(visible) + 1):
+            way = plan._replace(int8=int8, devices=tuple(visible[:n_devices]))
+            if fits(way, free):
+                yield way
+            way = with_layers_on_host(way, free)
+            if fits(way, free):
+                yield way
+
+
+def with_layers_on_host(plan: Plan, free: dict[str, int]) -> Plan:
+    """The plan with as many layers in host memory as make the GPUs' part fit, or with all."""
+    if plan.devices[0] == "cpu":
+        return plan
+
+    def gpus_suffice(cpu_layers: int) -> bool:
+        needed = needs(plan._replace(cpu_layers=cpu_layers))
+        return all(needed[device] <= free[device] for device in plan.devices)
+
+    choices = range(plan.cpu_layers, plan.args.n_layers)
+    more = bisect.bisect_left(choices, True, key=gpus_suffice)
+    return plan._replace(cpu_layers=plan.cpu_layers + more)
+
+
+def with_smallest_cache(plan: Plan) -> Plan:
+    length = min(SHORTEST, plan.args.max_seq_len)
+    return plan._replace(args=replace(plan.args, max_batch_size=1, max_seq_len=length))
+
+
+def with_largest_cache(plan: Plan, asked: ModelArgs, free: dict[str, int]) -> Plan:
+    """The plan with as many of the rows asked for as fit, or else with one row, as long as fits."""
+
+    def with_cache(rows: int, length: int) -> Plan:
+        return plan._replace(args=replace(asked, max_batch_size=rows, max_seq_len=length))
+
+    rows = largest(asked.max_batch_size, lambda n: fits(with_cache(n, asked.max_seq_len), free))
+    if rows > 0:
+        return with_cache(rows, asked.max_seq_len)
+    return with_cache(1, largest(asked.max_seq_len, lambda n: fits(with_cache(1, n), free)))
+
+
+def largest(limit: int, suffices: Callable[[int], bool]) -> int:
+    """The largest number up to limit that suffices, as all smaller ones do; 0 if none does."""
+    return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not suffices(n))
+
+
+def describe_changes(plan: Plan, other: Plan) -> str:
+    options = []
+    if other.int8 != plan.int8:
+        options.append("int8")
+    if other.devices != plan.devices:
+        options.append(f"num_gpus {len(other.devices)}")
+    if other.cpu_layers != plan.cpu_layers:
+        options.append(f"cpu_layers {other.cpu_layers}")
+    for name in ("max_batch_size", "max_seq_len"):
+        if getattr(other.args, name) != getattr(plan.args, name):
+            options.append(f"{name} {getattr(other.args, name)}")
+    return " and ".join(options)
+
+
+def describe_least(plan: Plan, visible: list[str], free: dict[str, int]) -> str:
+    """What the model needs at the least, with which options, and what there is."""
+    least = with_smallest_cache(plan)._replace(int8=True, devices=plan.devices[:1])
+    total = sum(needs(least).values())
+    text = f"and needs at least {gigabytes(total)}"
+    changes = describe_changes(plan, least._replace(devices=plan.devices))
+    if changes:
+        text += f" with {changes}"
+    if plan.devices[0] == "cpu":
+        return text
+    on_gpu = needs(least._replace(cpu_layers=plan.args.n_layers))[plan.devices[0]]
+    on_gpus = sum(free[device] for device in visible)
+    text += f", {gigabytes(on_gpu)} of it on a GPU, where {gigabytes(on_gpus)} are free on GPUs "
+    text += f"and {gigabytes(free['cpu'])} in host memory"
+    for n_devices in range(len(visible) + 1, plan.args.num_experts + 1):
+        share = memory_needed(least.args, n_devices, plan.dtype, int8=True)[0] + ACTIVATIONS
+        if share <= free[plan.devices[0]]:
+            return f"{text}: {n_devices} GPUs like {plan.devices[0]} would hold it"
+    return text
+
+
+def describe_shortages(plan: Plan, free: dict[str, int]) -> str:
+    shortages = []
+    for device, size in needs(plan).items():
+        if size > free[device]:
+            place = "host memory" if device == "cpu" else device
+            shortages.append(f"{place}: {gigabytes(size)} needed, {gigabytes(free[device])} free")
+    return "; ".join(shortages)
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+# Bytes of a model
+
+
+class Sizes(NamedTuple):
+    """Bytes of the parts of a model."""
+
+    expert: int  # one of one layer
+    shared: int  # all weights that are not experts'
+    cached_token: int  # keys and values of a token in all layers
+    rotary_factors: int  # those of one position
+
+
+@functools.cache
+def count_bytes(args: ModelArgs, dtype: torch.dtype, int8: bool) -> Sizes:
+    """Count the bytes of a model whose cache holds one token.
+
+    They are those of the tensors of a model of one layer on the device "meta", where tensors
+    have no memory.
+    """
+    model = Transformer(replace(args, n_layers=1), ["meta"], dtype, int8=int8)
+    experts = 0
+    shared = 0
+    cached_token = 0
+    rotary_factors = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if ".experts." in name:
+            experts += tensor.nbytes
+        elif "cache" in name:
+            cached_token += args.n_layers * tensor.nbytes
+        elif name == "freqs_cis":
+            rotary_factors += tensor.nbytes
+        elif name.startswith("layers."):
+            shared += args.n_layers * tensor.nbytes
+        else:
+            shared += tensor.nbytes
+    return Sizes(experts // args.num_experts, shared, cached_token, rotary_factors)
+
+
+# Free memory
+
+
+def release_unused(devices: Sequence[str]) -> None:
+    """Give back what a model that was deleted still holds on GPUs.
+
+    Objects that refer to each other stay until Python looks for such circles, and PyTorch
+    keeps the memory of freed tensors. A process that has used no GPU is spared the search,
+    which takes up to 0.2 s.
+    """
+    if any(torch.cuda.memory_reserved(device) for device in devices):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+# The files in a control group's folder that state its limit, its use and, by this key of
+# memory.stat, how much of the use is cached files that the kernel would drop when asked for
+# memory. The first line is that of version 2, the second that of version 1.
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def free_host_memory(root: Path = Path("/")) -> int:
+    """Bytes free in host memory, or in that part of it that a container may use.
+
+    Where nothing says how much is free, as on systems other than Linux, it is taken to suffice.
+    """
+    free = [2**63]
+    try:
+        available = re.search(r"MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text())
+    except OSError:
+        available = None
+    if available:
+        free.append(int(available[1]) * 1024)
+    for folder in control_groups(root):
+        free += left_by_control_group(folder)
+    return max(0, min(free))
+
+
+def control_groups(root: Path) -> Iterator[Path]:
+    """The folders of the control groups that this process is in, and of all above them.
+
+    A container sees the folder of its own group as the topmost one, while the path that the
+    kernel names may be the one outside.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    top = root / "sys/fs/cgroup"
+    for line in lines:
+        _number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":  # version 2, which has this folder to itself or a part of it
+            hierarchies = [top, top / "unified"]
+        elif "memory" in controllers.split(","):
+            hierarchies = [top / "memory"]
+        else:
+            continue
+        for hierarchy in hierarchies:
+            folder = hierarchy / path.lstrip("/")
+            while folder != hierarchy:
+                yield folder
+                folder = folder.parent
+            yield hierarchy
+
+
+def left_by_control_group(folder: Path) -> list[int]:
+    """The bytes that a control group may still use, or nothing if it has no limit."""
+    left = []
+    for limit_file, use_file, key in CONTROL_GROUPS:
+        try:
+            limit = int((folder / limit_file).read_text())  # ValueError for "max", no limit
+            used = int((folder / use_file).read_text())
+            statistics = (folder / "memory.stat").read_text()
+        except (OSError, ValueError):
+            continue
+        cached = re.search(rf"^{key} (\d+)$", statistics, re.MULTILINE)
+        left.append(limit - used + (int(cached[1]) if cached else 0))
+    return left
