@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 import mixtral
 from mixtral import ModelArgs, Transformer
+from mixtral.model import deal
+from mixtral.routing import gate_logits
 
 SIZES = {
     "demo": ModelArgs(160, 4, 32, 240, 6, 2, vocab_size=2048),
@@ -123,9 +125,11 @@ class Ours:
         spans = [self.span(row, start, steps) for row in range(rows)]
         n_experts = self.args.num_experts
         shares = deal(n_experts, len(self.model.devices))
+        with gate_logits(self.model) as logits_by_layer:
+            self.model.forward_packed(given.T.flatten(), spans, last_only=True)
         everywhere = []
         on_the_busiest = []
-        for logits in gate_logits(self.model, given.T.flatten(), spans):  # (rows * steps, experts)
+        for (logits,) in logits_by_layer:  # (rows * steps, experts), of the only pass
             chosen = logits.topk(self.args.num_experts_per_tok).indices
             used = F.one_hot(chosen, n_experts).sum(1).view(rows, steps, -1).any(0)
             by_device = [part.sum(1) for part in used.split(shares, dim=1)]  # each (steps,)
@@ -133,28 +137,3 @@ class Ours:
             on_the_busiest.append(torch.stack(by_device).amax(0).float().mean().item())
         n_layers = len(everywhere)
         return sum(everywhere) / n_layers, sum(on_the_busiest) / n_layers
-
-
-def deal(n_experts: int, n_places: int) -> list[int]:
-    """How many experts each place holds: as evenly as can be, the first places one more."""
-    each, more = divmod(n_experts, n_places)
-    return [each + (place < more) for place in range(n_places)]
-
-
-def gate_logits(model: Transformer, tokens: Tensor, spans: Sequence) -> list[Tensor]:
-    """The logits (T, experts) of each layer's gate in one pass over tokens (T,)."""
-    logits: list[Tensor] = []
-
-    def keep(gate: nn.Module, inputs: tuple, output: Tensor) -> None:
-        logits.append(output)
-
-    hooks = [layer.feed_forward.gate.register_forward_hook(keep) for layer in model.layers]
-    decoder = model.decoder
-    model.decoder = None  # a recorded step runs no hooks
-    try:
-        model.forward_packed(tokens, spans, last_only=True)
-    finally:
-        model.decoder = decoder
-        for hook in hooks:
-            hook.remove()
-    return logits
