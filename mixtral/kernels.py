@@ -31,6 +31,10 @@ ROWS_PER_PROGRAM = 8
 STAGES = constexpr(3)
 WARPS = 4
 
+# A weight with few rows, such as a gate's, is read with fewer rows per program, so that it takes
+# about this many programs: 4 for each of the 132 multiprocessors of an H100.
+ENOUGH_PROGRAMS = 512
+
 # Into how many parts attention may split the positions that it reads.
 MAX_SPLITS = constexpr(64)
 
@@ -68,9 +72,7 @@ def linear(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     n_tokens = len(x)
     m, k = weight.shape
     out = torch.empty(n_tokens, m, dtype=x.dtype, device=x.device)
-    # A program takes fewer rows where there are few in all, as in a gate, so that they are spread
-    # over about 512 programs: 4 for each of an H100's 132 multiprocessors.
-    rows = min(ROWS_PER_PROGRAM, next_power_of_2(cdiv(m, 512)))
+    rows = min(ROWS_PER_PROGRAM, next_power_of_2(cdiv(m, ENOUGH_PROGRAMS)))
     _launch_by_rows(_linear, weight, rows, n_tokens, out, x, weight, residual, M=m, K=k)
     return out
 
