@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -39,6 +40,27 @@ def interpret(file: str, which: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", which]
     run = subprocess.run(command, env=env, check=False, capture_output=True, text=True)
     assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+
+
+def mend_the_interpreter() -> None:
+    """Let Triton 3.6 interpret loops with NumPy 2.5.
+
+    For the bounds of a loop its interpreter makes an int of an array with one element and one
+    dimension, which NumPy deprecated in 1.25 and then refuses. Triton 3.7 does not do this.
+    """
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED and version("triton").startswith("3.6."):
+    mend_the_interpreter()
 
 
 def randn(*shape: int, dtype: torch.dtype) -> torch.Tensor:
