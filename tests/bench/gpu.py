@@ -67,7 +67,8 @@ def test_parts() -> list[Part]:
     for path in (ROOT / "tests").glob("test_*.py"):
         if GPU_TEST.search(path.read_text()):
             files.append(path)
-    files.sort(key=lambda path: ("kernels" not in path.name, path.name))
+    # Single kernels, then what is compiled of them, then all that is built on them.
+    files.sort(key=lambda path: (path.stem != "test_kernels", "kernels" not in path.stem, path))
     parts = []
     for path in files:
         command = ["-m", "pytest", str(path), "-m", "cuda", "-v", "--durations=5", "--tb=short"]
