@@ -62,7 +62,8 @@ class Benchmark:
         size = SIZES[options.size]
         self.args = replace(size, n_layers=options.layers or size.n_layers)
         self.ceilings: list[Ceilings] = []  # of the first device, and of the host if it takes part
-        self.results: list[Result | loading.Loaded] = []
+        self.results: list[Result] = []
+        self.loaded: list[loading.Loaded] = []
         self.failures: list[str] = []
         self.machine = describe(self.devices)
 
@@ -70,10 +71,12 @@ class Benchmark:
         """Print a result and save all that there are, for what comes next may fail."""
         print(text, flush=True)
         if self.options.json:
+            results = [asdict(result) for result in self.results]
+            results += [asdict(loaded) for loaded in self.loaded]
             saved = {
                 "machine": self.machine,
                 "options": vars(self.options),
-                "results": [asdict(result) for result in self.results],
+                "results": results,
                 "failures": self.failures,
                 "ceilings": {c.device: (c.rates, c.ops) for c in self.ceilings},
             }
@@ -163,7 +166,7 @@ class Benchmark:
         for layout in self.options.layouts.split(","):
             with self.reported(layout):
                 loaded = loading.time_layout(layout, model, self.options)
-                self.results.append(loaded)
+                self.loaded.append(loaded)
                 self.show(str(loaded))
 
     def load_once(self) -> None:
@@ -204,6 +207,7 @@ class Benchmark:
         given = work()
         if name == "mixtral":
             assert isinstance(contender, Ours)
+            assert given is not None
             result.used = Used(*contender.experts(given, case.length))
         return lambda turn: work()
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from types import ModuleType, SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -61,7 +62,7 @@ def draw_prompts(args: ModelArgs, rows: int, length: int, seed: int = 0) -> list
 
 
 @torch.inference_mode()
-def rebuild(package: ModuleType, model: Transformer, **options) -> nn.Module:
+def rebuild(package: ModuleType, model: Transformer, **options: Any) -> Any:
     """The package's own Transformer with the sizes, the devices and the weights of model."""
     known = {field.name for field in fields(package.ModelArgs)}
     sizes = {name: value for name, value in asdict(model.params).items() if name in known}
@@ -108,7 +109,7 @@ class Ours:
         begins = []
         forward_packed = self.model.forward_packed
 
-        def noting(tokens: Tensor, spans: Sequence, *args, **options) -> Tensor:
+        def noting(tokens: Tensor, spans: Sequence, *args: Any, **options: Any) -> Tensor:
             if spans[0].start == len(prompts[0]):  # the first step after the prompts
                 begins.append(time.perf_counter())
             return forward_packed(tokens, spans, *args, **options)

@@ -121,7 +121,7 @@ def main(folder: Path) -> None:
     free = torch.cuda.mem_get_info()[0] / 1e9
     n_layers = min(32, int((free - 6) / 3.19))
     print(f"{n_layers} layers of 8x7B on {torch.cuda.get_device_name()}", flush=True)
-    tests_left = TEST_SECONDS
+    tests_left = float(TEST_SECONDS)
     codes = {}
     for part in plan(n_layers):
         if "pytest" not in part.command:

@@ -46,7 +46,7 @@ def time_layout(layout: str, model: Transformer, options: argparse.Namespace) ->
     """Write the model in this layout, and load it in fresh processes, each beside cat."""
     from helpers.layouts import write  # imports transformers
 
-    command = [sys.executable, ROOT / "tests/bench/benchmark.py", "load_once"]
+    command = [sys.executable, str(ROOT / "tests/bench/benchmark.py"), "load_once"]
     command += [f"--num-gpus={options.num_gpus}", f"--cpu-layers={options.cpu_layers}"]
     if options.int8:
         command.append("--int8")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from checkout import ROOT  # noqa: F401 - first, since it makes mixtral importable
 from gguf_file import write_gguf
-from torch import Tensor, nn
+from torch import Tensor
 
 from mixtral import Transformer
 
@@ -17,7 +17,7 @@ from mixtral import Transformer
 class Transformers:
     """transformers' model with one of its ways through the experts."""
 
-    def __init__(self, model: nn.Module, experts: str):
+    def __init__(self, model: Any, experts: str):
         self.model = model
         self.experts = experts
         self.cache: Any = None
