@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from .generation import Mixtral
-    from .tokenizer import Tokenizer
+    from .tokenizer import Message, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -275,16 +275,13 @@ def check_prompts(
     return tokens
 
 
-def user(text: str) -> dict[str, str]:
+def user(text: str) -> "Message":
     return {"role": "user", "content": text}
 
 
 def warn_of_chat_formats(tokenizer: "Tokenizer", prompts: list[str]) -> None:
-    chat_hint = getattr(tokenizer, "chat_hint", None)
-    if chat_hint is None:
-        return
     for prompt in prompts:
-        hint = chat_hint(prompt)
+        hint = tokenizer.chat_hint(prompt)
         if hint:
             logger.warning("%s", hint)
 
@@ -404,7 +401,7 @@ class Conversation:
         self.generator = generator
         self.sampling = sampling
         self.experts = experts
-        self.dialog: list[dict[str, str]] = []
+        self.dialog: list[Message] = []
         self.length = 0  # tokens
 
     def answer(self, text: str) -> None:

@@ -80,32 +80,19 @@ def split(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
         text = tokenizer.decode(before + unit)
         pieces.append(text[len(tokenizer.decode(before)) :])
         pieces += [""] * (len(unit) - 1)
-        if not is_unspoken(tokenizer, unit[0]):
+        if not tokenizer.is_special(unit[0]):
             before = unit
     return pieces
 
 
 def first_unit(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     """The tokens that spell the first character, if they are its bytes, or one token."""
-    if is_byte(tokenizer, tokens[0]):
+    if tokenizer.is_byte(tokens[0]):
         for length in (4, 3, 2):
             unit = tokens[:length]
             if len(tokenizer.decode(unit)) == 1:
                 return unit
     return tokens[:1]
-
-
-def is_byte(tokenizer: Tokenizer, token: int) -> bool:
-    pieces = tokenizer.sp_model
-    return token < pieces.vocab_size() and pieces.is_byte(token)
-
-
-def is_unspoken(tokenizer: Tokenizer, token: int) -> bool:
-    """Whether the token has no text, as control tokens and unused numbers have none."""
-    pieces = tokenizer.sp_model
-    if token < pieces.vocab_size():
-        return pieces.is_control(token)
-    return tokenizer.decode([token]) == ""
 
 
 class Colour(NamedTuple):
