@@ -1,258 +1,69 @@
 """How fast Mixtral is, beside the machine's own ceilings and beside other programs.
 
     python tests/bench/benchmark.py [run] [--size mid] [--vs transformers,llama.cpp]
+    python tests/bench/benchmark.py [run] [--size mid] --old ANOTHER_CHECKOUT
     python tests/bench/benchmark.py load | long
 
-Weights are random: the cost of a step depends on them only through the experts that its
-tokens choose, and these are counted. Programs that are compared run in turn, A B A B,
-and are compared pair by pair, because a machine's speed drifts. Figures are medians
-(least-greatest). A floor is the time in which the device moves the bytes and does the
-operations that a case needs, at the rates measured in the same round.
+Weights are random: the cost of a step depends on them only through the experts that its tokens
+choose, and these are counted. Programs that are compared run in turn, A B A B, and are compared
+round by round, because a machine's speed drifts; a round in which its ceilings moved by more than
+half is left out. Figures are medians (least-greatest). A floor is the time in which the device
+moves the bytes and does the operations that a case needs, at the rates measured around the round.
 """
 
 import argparse
 import contextlib
 import gc
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
+import loading
+import peers
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from ceilings import STEADY, Ceilings, describe
+from checkout import import_old
+from contenders import SIZES, Ours, draw_prompts, randomise, rebuild, weights_of
+from floors import Case, Used, floor_of, used_by_chance
+from measuring import figures, peak_of, ratios, seconds_of
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # it runs without the package being installed
+from mixtral import Transformer
 
-import peers  # noqa: E402
-
-from mixtral import Mixtral, ModelArgs, Transformer  # noqa: E402
-from mixtral.checkpoint import load_checkpoint, read_params  # noqa: E402
-from mixtral.model import Span  # noqa: E402
-
-SIZES = {
-    "demo": ModelArgs(160, 4, 32, 240, 6, 2, vocab_size=2048),
-    "mid": ModelArgs(1024, 8, 128, 3584, 8, 2, vocab_size=32000),
-    "8x7b": ModelArgs(),
-}
-# GB/s of a card's memory according to its data sheet.
-SHEETS = {"NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350}
-SHEETS |= {"NVIDIA A100-SXM4-80GB": 2040, "NVIDIA A100-SXM4-40GB": 1560}
-Work = Callable[[], object]
-Contender = "Ours | peers.Transformers | peers.LlamaCpp"
+Contender = Ours | peers.Transformers | peers.LlamaCpp
+TimedWork = Callable[[int], object]  # given the number of the round
 
 
-def figures(values: Sequence[float], unit: str = "") -> str:
-    three = median(values), min(values), max(values)
-    middle, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in three)
-    return f"{middle}{unit} ({low}-{high})"
+@dataclass
+class Result:
+    """What was measured of a case. Lists have a value for each round that was not left out."""
 
-
-def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    return [a / b for a, b in zip(above, below)]
-
-
-def describe(devices: Sequence[str]) -> str:
-    """The machine, what runs on it, and how busy it is already."""
-    name = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    with contextlib.suppress(OSError, IndexError):
-        name += Path("/proc/cpuinfo").read_text().split("model name\t")[1].split("\n")[0]
-    if devices != ["cpu"]:
-        name = f"{len(devices)} x {torch.cuda.get_device_name(0)}, {name}"
-    for package in ("torch", "transformers", "llama_cpp_python"):
-        with contextlib.suppress(PackageNotFoundError):
-            name += f", {package} {version(package)}"
-    return f"{name}, load {os.getloadavg()[0]:.1f}"
-
-
-def wait() -> None:
-    for device in range(torch.cuda.device_count() * torch.cuda.is_initialized()):
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(work: Work) -> float:
-    """Wall time until the devices are done too, which is how long a user waits."""
-    wait()
-    begin = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - begin
-
-
-def peak_of(work: Work, device: str) -> tuple[float, float, float]:
-    """Seconds, and by how many GB memory grew at most and in the end.
-
-    On the host this is memory which no file backs: mapped weights are not counted.
-    """
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    def used() -> float:
-        if device != "cpu":
-            return torch.cuda.max_memory_allocated(device) / 1e9
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) * 1024 / 1e9
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            samples.append(used())
-
-    samples, done, thread = [used()], threading.Event(), threading.Thread(target=watch)
-    thread.start()
-    seconds = seconds_of(work)
-    done.set()
-    thread.join()
-    samples.append(used())
-    return seconds, max(samples) - samples[0], samples[-1] - samples[0]
-
-
-class Ceilings:
-    """A device's bytes and bf16 operations per second, measured in every round."""
-
-    def __init__(self, device: str):
-        self.device, self.n = device, 2048 if device == "cpu" else 8192
-        self.a, self.b = torch.randn(2, self.n, self.n, device=device).bfloat16()
-        # 1 GiB, which no cache holds; read as float32, too, it is all finite numbers.
-        buffer = torch.rand(2**20, device=device).bfloat16().repeat(2**9)
-        floats, self.size, self.sheet = buffer.view(torch.float32), buffer.nbytes, None
-        longs = buffer.view(torch.int64)
-        self.methods = {"int64 sum": longs.sum, "float32 sum": floats.sum}
-        self.methods["float32 max"] = floats.amax
-        if device == "cpu":
-            self.methods["float32 dot"] = lambda: floats.dot(floats)
-        else:
-            target, card = torch.empty_like(buffer), torch.cuda.get_device_name(device)
-            self.methods["copy"] = lambda: target.copy_(buffer)
-            self.sheet = next((1e9 * v for k, v in SHEETS.items() if k in card), None)
-        self.rates: dict[str, list[float]] = {name: [] for name in self.methods}
-        self.bytes: list[float] = []
-        self.ops: list[float] = []
-
-    def seconds(self, work: Work) -> float:
-        """The best of three; on a GPU the mean of 50 repeats between two events."""
-        if self.device == "cpu":
-            return min(seconds_of(work) for _ in range(3))
-        work()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(50):
-            work()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000 / 50
-
-    def measure(self) -> None:
-        for name, work in self.methods.items():
-            moved = self.size * (2 if name == "copy" else 1)
-            self.rates[name].append(moved / self.seconds(work))
-        self.bytes.append(max(rates[-1] for rates in self.rates.values()))
-        self.ops.append(2 * self.n**3 / self.seconds(lambda: self.a @ self.b))
-
-    def __str__(self) -> str:
-        gflops = figures([x / 1e9 for x in self.ops], " GFLOP/s")
-        text = f"ceilings of {self.device}: bf16 products {gflops}"
-        for name, rates in self.rates.items():
-            text += f", {name} {figures([x / 1e9 for x in rates], ' GB/s')}"
-            if self.sheet:
-                text += f" = {median(rates) / self.sheet:.2f} of the data sheet"
-        return text
-
-
-@torch.inference_mode()
-def randomise(model: nn.Module) -> None:
-    """Weights that keep activations, and the gates' logits, at about unit size."""
-    for name, p in model.named_parameters():
-        if p.dtype == torch.int8:
-            p.random_(-127, 128)
-        else:
-            p.normal_(std=1.0 if "embed" in name else p.shape[-1] ** -0.5)
-        if p.dim() == 1:
-            p.add_(1)
-    for name, scale in model.named_buffers():
-        if name.endswith(".scale"):  # uniform integers deviate by 127 / sqrt(3)
-            weight = model.get_parameter(name.removesuffix("scale") + "weight")
-            scale.fill_(3**0.5 / 127 * weight.shape[-1] ** -0.5)
-
-
-def weights_of(model: Transformer) -> dict[str, Tensor]:
-    """The state dict in bf16: 8-bit weights are multiplied by their scales."""
-    state, scales = model.state_dict(), dict(model.named_buffers())
-    for name, weight in state.items():
-        if weight.dtype == torch.int8:
-            scale = scales[name.removesuffix("weight") + "scale"].view(-1, 1)
-            state[name] = (weight * scale).bfloat16()
-    return {name: x for name, x in state.items() if not name.endswith(".scale")}
-
-
-def draw_prompts(args: ModelArgs, rows: int, length: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(length)
-    drawn = torch.randint(3, args.vocab_size, (rows, length), generator=generator)
-    return drawn.tolist()
-
-
-class Ours:
-    """Mixtral through its public methods."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.args = model, model.params
-        no_end = SimpleNamespace(eos_id=-1)  # every row runs to max_gen_len
-        self.generate = Mixtral(model, no_end).generate
-
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
-        return torch.tensor(self.generate(prompts, 1, 0)[0]).flatten()
-
-    def decode(self, tokens: Tensor, start: int, steps: int) -> Tensor:
-        """The tokens given to each step, (steps, batch), the first of them tokens."""
-        given, tokens = [], tokens.to(self.model.device)
-        for i in range(start, start + steps):
-            given.append(tokens)
-            spans = [Span(row, i, 1) for row in range(len(tokens))]
-            tokens = self.model.forward_packed(tokens, spans).argmax(-1)
-        return torch.stack(given)
-
-    def experts(self, given: Tensor, start: int) -> tuple[float, float]:
-        """How many experts of a layer a step used: in all, and on the device with most.
-
-        The steps are taken again as one forward, in which hooks on the gates run.
-        """
-        chosen, (steps, rows), n = [], given.shape, self.args.num_experts
-
-        def hook(_: nn.Module, inputs: tuple, logits: Tensor) -> None:
-            selected = logits.topk(self.args.num_experts_per_tok).indices
-            used = F.one_hot(selected, n).sum(1).view(rows, steps, -1).any(0)
-            chosen.append(used.view(steps, len(self.model.devices), -1).sum(2).float())
-
-        gates = [layer.feed_forward.gate for layer in self.model.layers]
-        hooks = [gate.register_forward_hook(hook) for gate in gates]
-        spans = [Span(row, start, steps) for row in range(rows)]
-        self.model.forward_packed(given.T.flatten(), spans, last_only=True)
-        for handle in hooks:
-            handle.remove()
-        used = torch.cat(chosen)  # (layers * steps, devices)
-        return used.sum(1).mean().item(), used.amax(1).mean().item()
+    case: Case
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # by contender
+    first: dict[str, list[int]] = field(default_factory=dict)  # each row's first token
+    generate: dict[str, float] = field(default_factory=dict)  # seconds of generate's own steps
+    floors: list[float] = field(default_factory=list)  # seconds
+    used: Used | None = None
+    bytes: float = 0
+    memory: float = 0  # GB that mixtral needs beyond the weights
+    rounds: int = 0
+    left_out: int = 0  # of these rounds
 
 
 class Benchmark:
     """The commands, on one set of options; what is measured is saved as it comes."""
 
     def __init__(self, options: argparse.Namespace):
-        self.options, size = options, SIZES[options.size]
+        self.options = options
         self.devices = [f"cuda:{i}" for i in range(options.num_gpus)] or ["cpu"]
+        size = SIZES[options.size]
         self.args = replace(size, n_layers=options.layers or size.n_layers)
-        self.ceilings: list[Ceilings] = []
-        self.results: list[dict] = []
+        self.ceilings: list[Ceilings] = []  # of the first device, and of the host if it takes part
+        self.results: list[Result] = []
+        self.loaded: list[loading.Loaded] = []
         self.failures: list[str] = []
         self.machine = describe(self.devices)
 
@@ -260,9 +71,15 @@ class Benchmark:
         """Print a result and save all that there are, for what comes next may fail."""
         print(text, flush=True)
         if self.options.json:
-            saved = {"machine": self.machine, "options": vars(self.options)}
-            saved |= {"results": self.results, "failures": self.failures}
-            saved["ceilings"] = {c.device: (c.rates, c.ops) for c in self.ceilings}
+            results = [asdict(result) for result in self.results]
+            results += [asdict(loaded) for loaded in self.loaded]
+            saved = {
+                "machine": self.machine,
+                "options": vars(self.options),
+                "results": results,
+                "failures": self.failures,
+                "ceilings": {c.device: (c.rates, c.ops) for c in self.ceilings},
+            }
             Path(self.options.json).write_text(json.dumps(saved, indent=1) + "\n")
 
     @contextlib.contextmanager
@@ -270,214 +87,259 @@ class Benchmark:
         """Report an error of any kind in one line, and let the rest be measured."""
         try:
             yield
-        except Exception as error:  # noqa: BLE001
-            what = " ".join(map(str, what))
-            line = f"{what} failed: {type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:  # noqa: BLE001 - whatever another program raises
+            subject = " ".join(map(str, what))
+            line = f"{subject} failed: {type(error).__name__}: {error}".splitlines()[0]
             self.failures.append(line)
             self.show(line)
-
-    def empty(self, args: ModelArgs) -> Transformer:
-        o = self.options
-        return Transformer(args, self.devices, cpu_layers=o.cpu_layers, int8=o.int8)
 
     def build(self, rows: int, length: int, device: str | None = None) -> Transformer:
         """A random model: as the options want it, or in bf16 on one device."""
         args = replace(self.args, max_batch_size=rows, max_seq_len=length)
-        model = Transformer(args, [device]) if device else self.empty(args)
+        if device:
+            model = Transformer(args, [device])
+        else:
+            model = loading.empty_model(args, self.devices, self.options)
         torch.manual_seed(0)
         randomise(model)
         return model
 
-    @torch.inference_mode()
     def run(self) -> None:
         """Decode and prefill, as shares of their floors and beside other programs."""
-        o = self.options
-        cases = [("decode", n, length) for length in o.contexts[:1] for n in o.batches]
-        cases += [("decode", 1, length) for length in o.contexts[1:]]
-        cases += [("prefill", 1, length) for length in o.prompts]
-        self.results = [{"case": case, "seconds": {}, "first": {}} for case in cases]
-        room = max([1, *o.batches]), max([*o.prompts, *o.contexts]) + o.steps
-        model = self.build(*room)
+        options = self.options
+        cases = cases_of(options)
+        self.results = [Result(case) for case in cases]
+        rows = max(case.rows for case in cases)
+        length = max(case.length for case in cases) + options.steps + 1
+        with torch.inference_mode():
+            transformers_fit = self.run_together(rows, length)
+            if "transformers" in options.vs and not transformers_fit:
+                self.run_transformers_alone(rows, length)
+        self.compare_first_tokens()
+        print(*self.ceilings, sep="\n")
+
+    def run_together(self, rows: int, length: int) -> bool:
+        """Measure mixtral and its contenders in turn. False if transformers did not fit."""
+        options = self.options
+        model = self.build(rows, length)
         self.ceilings = [Ceilings(self.devices[0])]
-        if o.cpu_layers:
+        if options.cpu_layers:
             self.ceilings.append(Ceilings("cpu"))
         contenders: dict[str, Contender] = {"mixtral": Ours(model)}
-        if "llama.cpp" in o.vs:
+        if options.old:
+            with self.reported("old"):
+                package = import_old(Path(options.old))
+                how = {"cpu_layers": options.cpu_layers, "int8": options.int8}
+                contenders["old"] = Ours(rebuild(package, model, **how), package)
+        if "llama.cpp" in options.vs:
             with self.reported("llama.cpp"):
-                contenders |= peers.llama_cpp(model, weights_of(model), o.int8)
+                contenders |= peers.llama_cpp(model, weights_of(model), options.int8)
         # While they are built, transformers' experts are there twice.
-        need = (2.2 + o.int8) * 2 * sum(p.numel() for p in model.parameters())
+        need = (2.2 + options.int8) * 2 * sum(p.numel() for p in model.parameters())
         fits = self.devices == ["cpu"] or torch.cuda.mem_get_info()[0] > need
-        if "transformers" in o.vs and fits:
+        if "transformers" in options.vs and fits:
             with self.reported("transformers"):
                 contenders |= peers.transformers(model, weights_of(model))
         self.measure(contenders)
-        if "transformers" in o.vs and not fits:
-            print("transformers runs after mixtral: they do not fit together")
-            del model, contenders
-            gc.collect()
-            torch.cuda.empty_cache()
-            with self.reported("transformers"):
-                meta = self.build(*room, "meta")
-                self.measure(peers.transformers(meta, meta.state_dict(), randomise))
-        for peer in {name for r in self.results for name in r["first"]} - {"mixtral"}:
-            firsts = [(r["first"].get(peer), r["first"].get("mixtral")) for r in self.results]
-            same = [a == b for x, y in firsts if x and y for a, b in zip(x, y)]
-            print(f"{peer}: {sum(same)} of {len(same)} first tokens are mixtral's")
-        print(*self.ceilings, sep="\n")
+        return fits
+
+    def run_transformers_alone(self, rows: int, length: int) -> None:
+        print("transformers runs after mixtral, on other weights: they do not fit together")
+        gc.collect()
+        torch.cuda.empty_cache()
+        with self.reported("transformers"):
+            meta = self.build(rows, length, "meta")
+            self.measure(peers.transformers(meta, meta.state_dict(), randomise))
 
     def long(self) -> None:
         """Prompts of 1024, 2048, ... tokens: time, and memory beyond the weights."""
-        o = self.options
-        o.batches, o.contexts, o.repeats = [], [], 1
-        o.prompts = [2**i for i in range(10, o.longest.bit_length())]
+        options = self.options
+        options.batches = []
+        options.contexts = []
+        options.repeats = 1
+        options.prompts = [2**i for i in range(10, options.longest.bit_length())]
         self.run()
+
+    def load(self) -> None:
+        """Loading each published layout from the page cache, beside cat."""
+        model = self.build(1, 1, "cpu")
+        for layout in self.options.layouts.split(","):
+            with self.reported(layout):
+                loaded = loading.time_layout(layout, model, self.options)
+                self.loaded.append(loaded)
+                self.show(str(loaded))
+
+    def load_once(self) -> None:
+        """What load starts as a fresh process: it prints the figures of one loading."""
+        print(json.dumps(loading.load_once(self.devices, self.options)))
 
     def measure(self, contenders: Mapping[str, Contender]) -> None:
         """Add each contender's seconds, and mixtral's floors, to each result."""
         for result in self.results:
             works = {}
             for name, contender in contenders.items():
-                with self.reported(name, *result["case"]):
+                with self.reported(name, *result.case):
                     works[name] = self.warm(result, name, contender)
-            with self.reported(*result["case"]):
-                for _ in range(self.options.repeats if works else 0):
-                    for ceilings in self.ceilings:
-                        ceilings.measure()
-                    for name, work in works.items():
-                        result["seconds"].setdefault(name, []).append(seconds_of(work))
-                if "mixtral" in works:
-                    self.add_floors(result)
+            with self.reported(*result.case):
+                if works:
+                    self.measure_rounds(result, works)
+                for name, contender in contenders.items():
+                    if isinstance(contender, Ours) and result.case.kind == "decode":
+                        self.measure_generate(result, name, contender)
                 self.show(self.line(result))
 
-    def warm(self, result: dict, name: str, contender: Contender) -> Work:
+    def warm(self, result: Result, name: str, contender: Contender) -> TimedWork:
         """Do a contender's work once, and return it."""
-        (kind, batch, length), args, first = result["case"], self.args, []
-        work = partial(contender.prefill, draw_prompts(args, batch, length))
-        _, peak, _ = peak_of(lambda: first.append(work()), self.devices[0])
-        result["first"][name] = first[0].tolist()
-        if kind == "decode":
-            work = partial(contender.decode, first[0], length, self.options.steps)
-            given = work()
-        if name == "mixtral" and kind == "decode":
-            result["experts"] = contender.experts(given, length)
-        elif name == "mixtral":  # by chance, as many experts as this have a token
-            unused = (1 - args.num_experts_per_tok / args.num_experts) ** length
-            used = args.num_experts * (1 - unused)
-            result["experts"], result["memory"] = (used, used / len(self.devices)), peak
-        return work
-
-    def add_floors(self, result: dict) -> None:
-        """The least seconds that mixtral's work takes, one for each round.
-
-        The other devices wait for the one with most of the chosen experts. Logits are
-        wanted after each row's last token only.
-        """
-        (kind, batch, new), a, o = result["case"], self.args, self.options
-        times, context, (used, most) = 1, 0, result["experts"]
-        if kind == "decode":
-            times, context, new = o.steps, new + (o.steps - 1) // 2, 1
-        layers = a.n_layers - o.cpu_layers  # whose experts are on the devices
-        expert = 3 * a.dim * a.hidden_dim
-        expert_bytes = 2 * expert
-        if o.int8:
-            expert_bytes = expert + 4 * (2 * a.hidden_dim + a.dim)
-        shared = 2 * a.dim * a.head_dim * (a.n_heads + a.n_kv_heads)
-        shared += a.dim * a.num_experts
-        cache = batch * (context + new) * 2 * a.n_kv_heads * a.head_dim
-        output = a.dim * a.vocab_size
-        values = a.n_layers * (shared + 2 * a.dim + cache) + output
-        values += a.dim * (1 + batch * new)
-        pairs = a.n_layers * batch * new * (context + (new + 1) / 2)
-        active = layers * a.num_experts_per_tok * expert / len(self.devices)
-        ops = batch * new * (a.n_layers * shared + active) + batch * output
-        ops += 2 * pairs * a.n_heads * a.head_dim
-        result["bytes"] = times * (2 * values + layers * most * expert_bytes)
-        result["host_bytes"] = times * o.cpu_layers * used * expert_bytes
-        device, host = self.ceilings[0], self.ceilings[-1]
-        result["floor"] = [
-            max(result["bytes"] / device.bytes[i], 2 * times * ops / device.ops[i])
-            + result["host_bytes"] / host.bytes[i]
-            for i in range(-o.repeats, 0)
-        ]
-
-    def line(self, result: dict) -> str:
-        kind, batch, length = result["case"]
-        tokens = batch * (length if kind == "prefill" else self.options.steps)
-        ours, text = result["seconds"].get("mixtral"), f"{kind} {batch} x {length}:"
-        for name, seconds in result["seconds"].items():
-            text += f" {name} {figures([tokens / s for s in seconds], ' tok/s')}"
+        case = result.case
+        first = []
+        prompts = draw_prompts(self.args, case.rows, case.length)
+        peak = peak_of(lambda: first.append(contender.prefill(prompts)), self.devices[0]).peak
+        result.first[name] = first[0].tolist()
+        if case.kind == "prefill":
             if name == "mixtral":
-                text += f", {median(ratios(result['floor'], seconds)):.2f} of the floor"
-                sheet = self.ceilings[0].sheet
-                if kind == "prefill":
-                    text += f", {result['memory']:.2f} GB beyond the weights"
-                elif sheet:
-                    share = result["bytes"] / median(seconds) / sheet
-                    text += f", {share:.2f} of the data sheet"
-            elif ours:
-                text += f", {figures(ratios(seconds, ours), 'x')} mixtral's time"
-            text += ";"
-        return text[:-1]
+                result.used = used_by_chance(self.args, case.length, len(self.devices))
+                result.memory = peak
+            # Each round has prompts of its own, for some programs remember the last one.
+            return lambda turn: contender.prefill(
+                draw_prompts(self.args, case.rows, case.length, seed=turn + 1)
+            )
+        work = partial(contender.decode, first[0], case.length, self.options.steps)
+        given = work()
+        if name == "mixtral":
+            assert isinstance(contender, Ours)
+            assert given is not None
+            result.used = Used(*contender.experts(given, case.length))
+        return lambda turn: work()
 
-    def load(self) -> None:
-        """Loading each published layout from the page cache, beside cat."""
-        from helpers.layouts import write
+    def measure_rounds(self, result: Result, works: Mapping[str, TimedWork]) -> None:
+        """Run the works in turn, and keep the rounds in which no ceiling moved by half.
 
-        o, model = self.options, self.build(1, 1, "cpu")
-        once = [sys.executable, __file__, "load_once", f"--num-gpus={o.num_gpus}"]
-        once += [f"--cpu-layers={o.cpu_layers}"] + ["--int8"] * o.int8
-        for layout in o.layouts.split(","):
-            with tempfile.TemporaryDirectory() as folder, self.reported(layout):
-                with peers.uninitialised():
-                    write(Path(folder), layout, model.params, model.state_dict())
-                cat = partial(subprocess.run, f"cat {folder}/* >/dev/null", shell=True)
-                cat()
-                runs = []
-                for _ in range(o.repeats):
-                    seconds = seconds_of(cat)
-                    printed = subprocess.check_output([*once, "--folder", folder])
-                    runs.append({"cat": seconds, **json.loads(printed)})
-                self.results.append({"case": layout, "runs": runs})
-                each = {key: [run[key] for run in runs] for key in runs[0]}
-                units = {"peak": " GB", "kept": " GB"}
-                text = [f"{k} {figures(v, units.get(k, ' s'))}" for k, v in each.items()]
-                times = figures(ratios(each["load"], each["cat"]), "x")
-                self.show(f"layout {layout}: {times} cat's time; {', '.join(text)}")
+        Those that are left out are made up for, as long as there are no more of them than of
+        those that are wanted.
+        """
+        for name in works:
+            result.seconds[name] = []
+        wanted = self.options.repeats
+        kept = 0
+        self.measure_ceilings()
+        for turn in range(2 * wanted):
+            if kept == wanted:
+                break
+            seconds = {name: seconds_of(partial(work, turn)) for name, work in works.items()}
+            self.measure_ceilings()
+            result.rounds += 1
+            if not all(ceilings.was_steady() for ceilings in self.ceilings):
+                result.left_out += 1
+                continue
+            kept += 1
+            for name in works:
+                result.seconds[name].append(seconds[name])
+            if "mixtral" in works:
+                result.floors.append(self.floor(result))
 
-    def load_once(self) -> None:
-        """Load a folder and print the figures: a fresh process, which load starts."""
-        models, tokens = [], torch.arange(8)[None]
+    def measure_ceilings(self) -> None:
+        for ceilings in self.ceilings:
+            ceilings.measure()
 
-        def work() -> None:
-            params = read_params(self.options.folder, 64, 1)
-            models.append(self.empty(params))
-            load_checkpoint(models[0], self.options.folder)
+    def measure_generate(self, result: Result, name: str, contender: Ours) -> None:
+        """Time generate itself once: decode leaves out sampling and the host's waits."""
+        case = result.case
+        prompts = draw_prompts(self.args, case.rows, case.length, seed=self.options.repeats + 1)
+        result.generate[name] = contender.seconds_to_generate(prompts, self.options.steps)
 
-        results = dict(zip(("load", "peak", "kept"), peak_of(work, "cpu")))
-        for name in ("first", "second"):
-            results[name] = seconds_of(lambda: models[0](tokens))
-        print(json.dumps(results))
+    def floor(self, result: Result) -> float:
+        """Mixtral's floor in seconds, at the better rates of the last two measurements."""
+        options = self.options
+        assert result.used
+        floor = floor_of(
+            result.case,
+            self.args,
+            result.used,
+            options.steps,
+            len(self.devices),
+            options.cpu_layers,
+            options.int8,
+        )
+        result.bytes = floor.bytes
+        device = self.ceilings[0]
+        host = self.ceilings[-1]
+        return floor.seconds(max(device.bytes[-2:]), max(device.ops[-2:]), max(host.bytes[-2:]))
+
+    def line(self, result: Result) -> str:
+        """A case in one line: each contender's tokens per second, and how they compare."""
+        case = result.case
+        tokens = case.rows * (case.length if case.kind == "prefill" else self.options.steps)
+        parts = []
+        for name, seconds in result.seconds.items():
+            if seconds:
+                parts.append(self.part(result, name, seconds, tokens))
+        if result.left_out:
+            parts.append(
+                f"{result.left_out} of {result.rounds} rounds left out, in which the machine's "
+                f"ceilings moved by more than {STEADY:g}x"
+            )
+        return f"{case.kind} {case.rows} x {case.length}: {'; '.join(parts)}"
+
+    def part(self, result: Result, name: str, seconds: list[float], tokens: int) -> str:
+        """One contender's part of a line."""
+        text = f"{name} {figures([tokens / each for each in seconds], ' tok/s')}"
+        if name == "mixtral":
+            text += f", {median(ratios(result.floors, seconds)):.2f} of the floor"
+            sheet = self.ceilings[0].sheet
+            if result.case.kind == "prefill":
+                text += f", {result.memory:.2f} GB beyond the weights"
+            elif sheet:
+                text += f", {result.bytes / median(seconds) / sheet:.2f} of the data sheet"
+        elif result.seconds.get("mixtral"):
+            text += f", {figures(ratios(seconds, result.seconds['mixtral']), 'x')} mixtral's time"
+        if name in result.generate:
+            text += f", generate itself {tokens / result.generate[name]:.3g} tok/s (once)"
+        return text
+
+    def compare_first_tokens(self) -> None:
+        """Say for how many prompts each other contender's first token is mixtral's."""
+        same: dict[str, list[bool]] = {}
+        for result in self.results:
+            for name, tokens in result.first.items():
+                if name != "mixtral" and "mixtral" in result.first:
+                    equal = [a == b for a, b in zip(tokens, result.first["mixtral"])]
+                    same.setdefault(name, []).extend(equal)
+        for name, equal in same.items():
+            print(f"{name}: {sum(equal)} of {len(equal)} first tokens are mixtral's")
 
 
-def main() -> None:
-    def numbers(text: str) -> list[int]:
-        return [int(part) for part in text.split(",") if part]
+def cases_of(options: argparse.Namespace) -> list[Case]:
+    """All batches at the first context, one row at the others, and the prompts."""
+    cases = []
+    for length in options.contexts[:1]:
+        for rows in options.batches:
+            cases.append(Case("decode", rows, length))
+    for length in options.contexts[1:]:
+        cases.append(Case("decode", 1, length))
+    for length in options.prompts:
+        cases.append(Case("prefill", 1, length))
+    if not cases:
+        raise ValueError("there is nothing to measure: name batches and contexts, or prompts")
+    return cases
 
+
+def make_parser() -> argparse.ArgumentParser:
+    on_gpu = torch.cuda.is_available()
+    commands = ("run", "load", "long", "load_once")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, on_gpu = parser.add_argument, torch.cuda.is_available()
-    commands = ("run", "load", "long", "load_once")
+    add = parser.add_argument
     add("command", nargs="?", default="run", choices=commands)
     add("--size", default="mid", choices=SIZES)
     add("--layers", type=int, help="only so many of the size's layers")
     add("--num-gpus", type=int, default=int(on_gpu), help="0 is the CPU")
     add("--int8", action="store_true", help="experts in 8 bits")
     add("--cpu-layers", type=int, default=0, help="whose experts are in host memory")
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=3, help="rounds of a case")
     add("--json", metavar="FILE", help="for all that is measured")
     add("--vs", default="", help="run beside transformers,llama.cpp")
+    add("--old", metavar="FOLDER", help="run beside the package of this other checkout")
     add("--batches", type=numbers, default="1,2,4,8,16", help="rows of a decode")
     add("--contexts", type=numbers, default="128,1024,4096", help="before a decode")
     add("--prompts", type=numbers, default="64,512,2048", help="to prefill")
@@ -485,10 +347,19 @@ def main() -> None:
     add("--layouts", default="A,B,C,D-sharded", help="to load")
     add("--folder", help="of load_once")
     add("--longest", type=int, default=32768, help="prompt of long")
-    benchmark = Benchmark(parser.parse_args())
-    if benchmark.options.command != "load_once":
+    return parser
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    benchmark = Benchmark(options)
+    if options.command != "load_once":
         benchmark.show(f"mixtral benchmark: {benchmark.machine}")
-    getattr(benchmark, benchmark.options.command)()
+    getattr(benchmark, options.command)()
     sys.exit(bool(benchmark.failures))
 
 
