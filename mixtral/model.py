@@ -336,13 +336,13 @@ class MoE(nn.Module):
         ids = torch.arange(len(self.experts), device=x.device)
         ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)  # (num_experts,)
         tokens = x[pairs // self.top_k]  # (T * top_k, dim)
-        out = torch.empty_like(tokens)  # in the order of pairs that x has
         if self.grouped:
-            out[pairs] = self.all_at_once(tokens, ends)
+            results = self.all_at_once(tokens, ends)
         else:
-            out[pairs] = self.one_by_one(tokens, ends)
-        out = out.view(*chosen.shape, -1)  # (T, top_k, dim)
-        return (out * weights[..., None]).sum(dim=1)
+            results = self.one_by_one(tokens, ends)
+        out = torch.empty_like(results)
+        out[pairs] = results  # back in the order of the tokens
+        return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
     def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """The slices of tokens, of which expert e's ends at ends[e], after their experts."""

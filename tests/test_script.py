@@ -4,6 +4,7 @@ import functools
 import io
 import re
 import runpy
+import shlex
 import signal
 import sys
 import time
@@ -70,8 +71,20 @@ def test_experts(run, checkpoint, monkeypatch, tmp_path):
     assert f"Hi {completion}" in "".join(root.itertext())  # a completion loses its first space
 
 
+def test_readme(script):
+    """Its first command prints exactly what stands under it."""
+    readme = (script.parent / "README.md").read_text(encoding="utf-8")
+    command = re.search(r"&& python example_text_completion.py (.*)", readme)[1]
+    printed = re.search(r"prints this.*?```\n(.*?)```", readme, re.DOTALL)[1]
+    process = start(script, *shlex.split(command.replace("--num-gpus 0", "")))  # start adds it
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert re.fullmatch(r"Loaded in .* seconds\n", err)
+    assert out == printed
+
+
 def test_demo(script, demo, prompts):
-    """The README's command."""
+    """Without a prompt, those of the script are completed."""
     folder = demo.relative_to(script.parent)
     process = start(script, folder, folder / "tokenizer.model")
     out, err = process.communicate(timeout=300)
