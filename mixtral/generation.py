@@ -99,11 +99,12 @@ class Mixtral:
             raise ValueError(f"int8 must be True or False, not {int8!r:.40}")
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
+        eos_ids = read_eos_ids(ckpt_dir)
         check_vocabulary(tokenizer_path, tokenizer.n_words, params.vocab_size)
         check_memory(params, devices, dtype, cpu_layers, int8)
         model = Transformer(params, devices, dtype, cpu_layers, int8)
         load_checkpoint(model, ckpt_dir)
-        generator = Mixtral(model, tokenizer, seed, read_eos_ids(ckpt_dir))
+        generator = Mixtral(model, tokenizer, seed, eos_ids)
         logger.info("Loaded in %.2f seconds", time.time() - begin)
         return generator
 

@@ -66,6 +66,13 @@ def test_ends_where_transformers_ends(folder, name, as_list):
     assert build(folder).generate([tokens], 12, temperature=0)[0] == [want[:-1]]
 
 
+def test_an_unreadable_end_is_refused_before_loading(folder, monkeypatch):
+    monkeypatch.setattr("mixtral.generation.load_checkpoint", None)
+    (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
+    with pytest.raises(ValueError, match="generation_config.json: '2' is not a token id"):
+        build(folder)
+
+
 def test_a_dialog_is_written_in_chatml(folder):
     generator = build(folder)
     dialog = [{"role": "user", "content": "Hello!"}]
