@@ -85,18 +85,18 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
         """Fill a parameter, and return whether it is a pruned expert's matrix."""
         tensor, path = sources[name]
         try:
-            is_pruned = check_values(name, tensor)
+            all_zeros = check_values(name, tensor)
             fill(model, name, tensor)
         except ValueError as error:
             raise ValueError(f"{name} in {path} {error}") from error
-        return is_pruned
+        return all_zeros
 
     try:
         # Several threads, so that some read from the disk while others convert what they have.
         with ThreadPoolExecutor(4) as pool:
-            for name, is_pruned in zip(sources, pool.map(load, sources)):
+            for name, all_zeros in zip(sources, pool.map(load, sources)):
                 progress.add(name, sources[name].tensor.nbytes)
-                if is_pruned:
+                if all_zeros:
                     pruned.append(name)
     finally:
         progress.clear()
@@ -173,7 +173,7 @@ def find_files(folder: Path) -> Found:
         if not (folder / name).is_file():  # reading a pipe would wait for its writer
             raise FileNotFoundError(f"in {folder}: {name} is not a regular file: replace it")
 
-    unread = []
+    unread: list[str] = []
     for sets in ranks:
         for files in sets:
             if names.issuperset(files) and files[0] not in [*chosen, *unread]:

@@ -84,11 +84,18 @@ def test_more_devices_than_experts(machine):
         check_memory(args, find_devices(4))
 
 
-@pytest.mark.parametrize("device, layers", [("cpu", 1), ("cuda:0", 33), ("cuda:0", 1.5)])
+@pytest.mark.parametrize("layers", [33, -1, 1.5, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_layers_that_cannot_stay_in_host_memory(machine, device, layers):
     machine([80.0], 100)
-    with pytest.raises(ValueError, match="cpu_layers must be 0 to 32, or 0 without GPUs"):
+    with pytest.raises(ValueError, match=f"cpu_layers must be 0 to 32, not {layers}"):
         check_memory(ModelArgs(), [device], cpu_layers=layers)
+
+
+def test_layers_in_host_memory_need_gpus(machine):
+    machine([80.0], 100)
+    with pytest.raises(ValueError, match="cpu_layers needs GPUs"):
+        check_memory(ModelArgs(), ["cpu"], cpu_layers=1)
 
 
 # What a model needs
@@ -167,6 +174,27 @@ def test_options_that_suffice_together(machine, gpus, host, num_gpus, advice):
     assert f"but would with {advice} (" in refusal(num_gpus)
 
 
+def test_fewer_layers_in_host_memory_are_advised(machine):
+    """As many as it holds, if the GPUs have room for the others."""
+    machine([80, 80], 10)
+    assert "but would with cpu_layers 3 (host memory: " in refusal(2, cpu_layers=32)
+    check_memory(ModelArgs(), find_devices(2), cpu_layers=3)
+    with pytest.raises(RuntimeError, match="but would with cpu_layers 3, or with int8 "):
+        check_memory(ModelArgs(), find_devices(2), cpu_layers=4)
+    machine([30, 30], 10)
+    message = refusal(2, cpu_layers=32)
+    assert "but would with int8 and cpu_layers 7 (" in message
+    check_memory(ModelArgs(), find_devices(2), cpu_layers=7, int8=True)
+
+
+def test_float32_is_named(machine):
+    """bfloat16 may fit without other options."""
+    machine([], 128)
+    check_memory(ModelArgs(), ["cpu"])
+    with pytest.raises(RuntimeError, match="^the model in float32 does not fit, but would with"):
+        check_memory(ModelArgs(), ["cpu"], torch.float32)
+
+
 def options_of(way: str) -> dict[str, int]:
     words = way.replace("int8", "int8 1").split(" and ")
     return {name: int(value) for name, value in (word.split() for word in words)}
@@ -224,8 +252,10 @@ def test_the_least_that_a_model_needs(machine):
     dense = memory_needed(small, 1, cpu_layers=32, int8=True)[0] + ACTIVATIONS
     message = refusal(1)
     assert f"{needs} 128, {dense / GB:.1f} GB of it on a GPU" in message
-    assert "28.0 GB are free on GPUs and 16.0 GB in host memory" in message
+    assert "on a GPU; 28.0 GB are free on GPUs and 16.0 GB in host memory" in message
     assert ": 3 GPUs like cuda:0 would hold it (" in message and "num_gpus" not in message
+    machine([24, 2, 2], 16)
+    assert ": 3 GPUs like cuda:0 would hold it (" in refusal(3)  # there are 3, but not like it
     machine([2], 16)
     assert "would hold it" not in refusal(1)  # no number of such GPUs would
 
@@ -282,11 +312,17 @@ def made_up(root: Path, files: dict[str, object]) -> Path:
     return root
 
 
+def statistics(prefix: str, cached: int) -> str:
+    """Cached files, of which a third was read more than once."""
+    active = cached // 3
+    return f"anon 5\n{prefix}active_file {active}\n{prefix}inactive_file {cached - active}\nfile 9"
+
+
 def v2(folder: str, limit: object, used: int, cached: int = 0) -> dict[str, object]:
     return {
         f"{folder}/memory.max": limit,
         f"{folder}/memory.current": used,
-        f"{folder}/memory.stat": f"anon 5\nactive_file 3\ninactive_file {cached}\nfile 9",
+        f"{folder}/memory.stat": statistics("", cached),
     }
 
 
@@ -294,7 +330,7 @@ def v1(folder: str, limit: int, used: int, cached: int = 0) -> dict[str, object]
     return {
         f"{folder}/memory.limit_in_bytes": limit,
         f"{folder}/memory.usage_in_bytes": used,
-        f"{folder}/memory.stat": f"cache 5\ninactive_file 7\ntotal_inactive_file {cached}",
+        f"{folder}/memory.stat": f"active_file 7\n{statistics('total_', cached)}",
     }
 
 
