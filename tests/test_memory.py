@@ -200,18 +200,21 @@ def options_of(way: str) -> dict[str, int]:
     return {name: int(value) for name, value in (word.split() for word in words)}
 
 
+@pytest.mark.parametrize("asked", [0, 32])
 @pytest.mark.parametrize("args", [ModelArgs(), V03, replace(ModelArgs(), num_experts=3)])
 @pytest.mark.parametrize("host", [8, 48, 100, 200])
 @pytest.mark.parametrize("gpus", [[], [12], [24, 24], [24, 24, 10], [48] * 3, [80], [40] * 8])
-def test_what_is_advised_holds(machine, args, host, gpus):
+def test_what_is_advised_holds(machine, args, host, gpus, asked):
     """Every way that is named fits, and one of its numbers less far from those asked would not."""
+    if asked and not gpus:
+        pytest.skip("cpu_layers needs GPUs")
     args = replace(args, max_seq_len=32768, max_batch_size=8)
     machine(gpus, host)
     for num_gpus in range(min(len(gpus), 1), min(len(gpus), args.num_experts) + 1):
-        check = functools.partial(check_with, args, num_gpus=num_gpus)
+        check = functools.partial(check_with, args, num_gpus=num_gpus, cpu_layers=asked)
         if check():
             continue
-        message = refusal(num_gpus, args)
+        message = refusal(num_gpus, args, cpu_layers=asked)
         if "but would with " not in message:
             assert re.search(r"and needs at least \d+\.\d GB with int8 and max_batch", message)
             continue
@@ -220,7 +223,9 @@ def test_what_is_advised_holds(machine, args, host, gpus):
             options = options_of(way)
             assert check(**options)
             for name, value in options.items():
-                step = 1 if name in ("max_seq_len", "max_batch_size") else -1
+                is_less = name in ("max_seq_len", "max_batch_size")
+                is_less = is_less or (name == "cpu_layers" and value < asked)
+                step = 1 if is_less else -1
                 if name == "int8":
                     less = {key: number for key, number in options.items() if key != name}
                 elif name == "max_batch_size" and "max_seq_len" in options:
