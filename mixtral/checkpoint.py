@@ -594,10 +594,10 @@ def fill(model: Transformer, name: str, tensor: Tensor) -> None:
         assert isinstance(linear, Linear)
         quantize(linear, tensor)
         return
-    must_stay = is_part_of_wqkv(name)  # wq, wk and wv must stay slices of wqkv
-    if on_cpu and in_order and tensor.dtype == weight.dtype and not must_stay:
+    fits_as_it_is = in_order and tensor.dtype == weight.dtype
+    if on_cpu and fits_as_it_is and not is_part_of_wqkv(name):
         weight.data = tensor
-    else:
+    else:  # wq, wk and wv, among others: they must stay slices of wqkv
         weight.view(tensor.shape).copy_(tensor)
 
 
