@@ -13,11 +13,10 @@ import sys
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,21 +29,30 @@ logger = logging.getLogger(__name__)
 TORRENT = "consolidated.00.pth"
 TORRENT_MD5 = "1faa9bc9b20fcfe81fcd4eb7166a79e6"
 
+# How the names of indices end, and the index that transformers reads.
+SAFETENSORS_INDEX = ".safetensors.index.json"
+PICKLES_INDEX = ".bin.index.json"
+HUB_INDEX = "model.safetensors.index.json"
+
 
 def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> ModelArgs:
-    """The sizes that a checkpoint's config states, and those given of the cache.
+    """The model's sizes from the checkpoint's config, and the cache's as given.
 
     Raises FileNotFoundError if files are missing, and ValueError if the config is not that of a
-    Mixtral as it was published.
+    Mixtral as it was published or if two complete sets of weights have equal rank.
     """
     cache_sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    args = ModelArgs(**cache_sizes)
+    args = ModelArgs(**cache_sizes)  # refuses impossible cache sizes before the folder is read
     folder = Path(ckpt_dir)
-    files, unread = find_files(folder)
-    if unread:
-        names = " and ".join(unread)
-        logger.info("%s: weights are read from %s, not from %s", folder, files[0].name, names)
-    path = find_config(folder, files)
+    found = find_files(folder)
+    first = found.paths[0].name
+    if found.unread:
+        others = " and ".join(found.unread)
+        logger.info("%s: weights are read from %s, not from %s", folder, first, others)
+    if found.missing is not None:
+        why = f"{found.missing} is missing"
+        logger.warning("%s: weights are read from %s, since %s", folder, first, why)
+    path = find_config(folder, first)
     config = read_config(path)
     sizes: dict[str, Any] = {
         f.name: config.get(f.name) for f in fields(args) if f.name not in cache_sizes
@@ -73,25 +81,32 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
     progress = Progress(sum(source.tensor.nbytes for source in sources.values()))
     pruned: list[str] = []
 
-    def load(name: str) -> None:
+    def load(name: str) -> bool:
+        """Fill a parameter, and return whether it is a pruned expert's matrix."""
         tensor, path = sources[name]
         try:
-            check_values(name, tensor)
+            all_zeros = check_values(name, tensor)
             fill(model, name, tensor)
         except ValueError as error:
             raise ValueError(f"{name} in {path} {error}") from error
-        if is_pruned(name, tensor):
-            pruned.append(name)
+        return all_zeros
 
-    with ThreadPoolExecutor(4) as pool:
-        for name, _ in zip(sources, pool.map(load, sources)):
-            progress.add(name, sources[name].tensor.nbytes)
+    try:
+        # Several threads, so that some read from the disk while others convert what they have.
+        with ThreadPoolExecutor(4) as pool:
+            for name, all_zeros in zip(sources, pool.map(load, sources)):
+                progress.add(name, sources[name].tensor.nbytes)
+                if all_zeros:
+                    pruned.append(name)
+    finally:
+        progress.clear()
     if pruned:
+        in_order = [name for name, _ in model.named_parameters() if name in pruned]
         logger.info(
             "%s: %d matrices of experts are all zeros, as in a pruned model: %s is the first",
             ckpt_dir,
             len(pruned),
-            min(pruned),
+            in_order[0],
         )
 
 
@@ -120,8 +135,24 @@ def read_eos_ids(ckpt_dir: str | Path) -> set[int]:
 
 
 class Found(NamedTuple):
-    files: list[Path]  # with the weights
+    """The files that are read, and what a user should know about the others."""
+
+    paths: list[Path]
     unread: list[str]  # the first file of each other complete set beside them
+    missing: str | None  # a file without which a preferred set is incomplete
+
+
+class PublishedSets(NamedTuple):
+    """The sets of files that may hold the weights, the preferred ones first.
+
+    Those of one field are equal in rank: if two of them are complete, neither can be chosen.
+    """
+
+    hub_index: list[list[str]]  # one set at most: the one that transformers reads
+    other_indices: list[list[str]]
+    safetensors: list[list[str]]
+    indexed_pickles: list[list[str]]
+    pickles: list[list[str]]
 
 
 def find_files(folder: Path) -> Found:
@@ -132,40 +163,31 @@ def find_files(folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: give the checkpoint's folder")
-    names = {path.name for path in folder.iterdir()}
-    ladder = published_sets(folder, names)
-
-    chosen: list[str] = []
-    unread: list[str] = []
-    for sets in ladder:
-        complete = [files for files in sets if names.issuperset(files)]
-        if chosen:
-            unread += [files[0] for files in complete if files[0] not in chosen]
-        elif len(complete) > 1:
-            pair = f"{complete[0][0]} and {complete[1][0]}"
-            raise FileNotFoundError(
-                f"in {folder}: two complete sets of weights, {pair}: move one elsewhere"
-            )
-        elif complete:
-            chosen = complete[0]
-    if not chosen:
-        raise FileNotFoundError(f"in {folder}: {what_is_missing(folder, names, ladder)}")
-
+    # A file whose name starts with "." is another program's, as macOS' "._" beside each file.
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    ranks = published_sets(folder, names)
+    chosen = first_complete(folder, names, ranks)
+    if chosen is None:
+        raise FileNotFoundError(f"in {folder}: {what_is_missing(folder, names, ranks)}")
     for name in chosen:
         if not (folder / name).is_file():  # reading a pipe would wait for its writer
             raise FileNotFoundError(f"in {folder}: {name} is not a regular file: replace it")
-    return Found([folder / name for name in chosen], unread)
+
+    unread: list[str] = []
+    for sets in ranks:
+        for files in sets:
+            if names.issuperset(files) and files[0] not in [*chosen, *unread]:
+                unread.append(files[0])
+    missing = missing_of_preferred(names, ranks, chosen)
+    return Found([folder / name for name in chosen], unread, missing)
 
 
-def published_sets(folder: Path, names: set[str]) -> list[list[list[str]]]:
-    """The sets of files that may hold the weights, the preferred ones first.
-
-    Those in one inner list are equal in rank: if two of them are complete, none can be chosen.
-    """
-    indexed_safetensors = sets_of_indices(folder, names, ".safetensors.index.json")
-    indexed_pickles = sets_of_indices(folder, names, ".bin.index.json")
+def published_sets(folder: Path, names: set[str]) -> PublishedSets:
+    hub_index = sets_of_indices(folder, names & {HUB_INDEX}, SAFETENSORS_INDEX)
+    other_indices = sets_of_indices(folder, names - {HUB_INDEX}, SAFETENSORS_INDEX)
+    indexed_pickles = sets_of_indices(folder, names, PICKLES_INDEX)
     safetensors = [["consolidated.safetensors"], ["model.safetensors"]]
-    if not indexed_safetensors:
+    if not hub_index and not other_indices:
         safetensors += sets_of_shards(names, ".safetensors")
     pickles = [
         [TORRENT],
@@ -174,11 +196,39 @@ def published_sets(folder: Path, names: set[str]) -> list[list[list[str]]]:
     ]
     if not indexed_pickles:
         pickles += sets_of_shards(names, ".bin")
-    return [indexed_safetensors, safetensors, indexed_pickles, pickles]
+    return PublishedSets(hub_index, other_indices, safetensors, indexed_pickles, pickles)
+
+
+def first_complete(folder: Path, names: set[str], ranks: PublishedSets) -> list[str] | None:
+    """The complete set of the highest rank, or None if no set is complete."""
+    for sets in ranks:
+        complete = [files for files in sets if names.issuperset(files)]
+        if len(complete) > 1:
+            pair = f"{complete[0][0]} and {complete[1][0]}"
+            raise ValueError(
+                f"in {folder}: two complete sets of weights, {pair}: move one elsewhere"
+            )
+        if complete:
+            return complete[0]
+    return None
+
+
+def missing_of_preferred(names: set[str], ranks: PublishedSets, chosen: list[str]) -> str | None:
+    """The first file that is missing from a set of higher rank than the chosen one.
+
+    Sets without any file do not count: an index is often there without its shards.
+    """
+    for sets in ranks:
+        if chosen in sets:
+            return None
+        for files in sets:
+            if share_present(files, names) > 0:
+                return first_missing(files, names)
+    return None
 
 
 def sets_of_indices(folder: Path, names: set[str], suffix: str) -> list[list[str]]:
-    """The files that each index of a folder names; a damaged index is as good as none."""
+    """The files that each index among these names lists; a damaged index is as good as none."""
     sets = []
     for name in sorted(names):
         if name.endswith(suffix):
@@ -196,7 +246,7 @@ def read_index(path: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map: download it again")
     for file in weight_map.values():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
             raise ValueError(f"{path} names {str(file)!r:.80}, which is not a file's name")
     return sorted(set(weight_map.values()))
 
@@ -212,30 +262,31 @@ def sets_of_shards(names: set[str], suffix: str) -> list[list[str]]:
     return [files for files in sets if files]
 
 
-def what_is_missing(folder: Path, names: set[str], ladder: list[list[list[str]]]) -> str:
-    """Say what the set lacks that lacks the smallest share of its files."""
-    parts = parts_to_join(names)
-    sets = [files for rung in ladder for files in rung]
-    files = max([*sets, parts], key=lambda files: share_present(files, names))
+def what_is_missing(folder: Path, names: set[str], ranks: PublishedSets) -> str:
+    """Name the first missing file of the most complete set."""
+    pieces = pieces_to_join(names)
+    if names.issuperset(pieces):
+        return f"parts to join: cat {TORRENT}-split{{0..{len(pieces) - 1}}} > {TORRENT}"
+    candidates = [pieces]
+    for sets in ranks:
+        candidates += sets
+    files = max(candidates, key=lambda candidate: share_present(candidate, names))
     if share_present(files, names) == 0:
-        indexed = [*ladder[0], *ladder[2]]
+        indexed = [*ranks.hub_index, *ranks.other_indices, *ranks.indexed_pickles]
         if not indexed:
             return why_no_weights(folder, names)
         files = indexed[0]
-    present = [name for name in files if name in names]
-    for name in files:
-        if name not in names:
-            return f"{name} is missing: {len(present)} of {len(files)} files are there"
-    return f"parts to join: cat {TORRENT}-split{{0..{len(parts) - 1}}} > {TORRENT}"
+    present = len(names.intersection(files))
+    return f"{first_missing(files, names)} is missing: {present} of {len(files)} files are there"
 
 
-def parts_to_join(names: set[str]) -> list[str]:
-    """The parts in which mirrors offer the torrent's file: split0, split1, ..."""
+def pieces_to_join(names: set[str]) -> list[str]:
+    """The pieces in which mirrors offer the torrent's file: split0, split1, ..."""
     last = 0
     for name in names:
-        part = re.fullmatch(rf"{re.escape(TORRENT)}-split(\d\d?)", name)
-        if part:
-            last = max(last, int(part[1]))
+        piece = re.fullmatch(rf"{re.escape(TORRENT)}-split(\d\d?)", name)
+        if piece:
+            last = max(last, int(piece[1]))
     return [f"{TORRENT}-split{i}" for i in range(last + 1)]
 
 
@@ -243,13 +294,17 @@ def share_present(files: list[str], names: set[str]) -> float:
     return len(names.intersection(files)) / len(files)
 
 
+def first_missing(files: list[str], names: set[str]) -> str:
+    return next(name for name in files if name not in names)
+
+
 def why_no_weights(folder: Path, names: set[str]) -> str:
     for name in sorted(names):
-        if name.endswith((".safetensors.index.json", ".bin.index.json")):
+        if name.endswith((SAFETENSORS_INDEX, PICKLES_INDEX)):
             try:
                 read_index(folder / name)
             except ValueError as error:
-                return f"no weights that can be told without their index: {error}"
+                return f"which files hold the weights cannot be told without their index: {error}"
         if name.endswith(".gguf"):
             return "no weights, but .gguf for llama.cpp"
     return "no weights: expected consolidated.*, model*.safetensors or pytorch_model*.bin"
@@ -268,8 +323,8 @@ KEYS = {
     "rms_norm_eps": "norm_eps",
 }
 
-# Keys that change the result unless their value is empty or one of these. A list is judged by
-# its elements.
+# Keys that make another model, with the values that do not (an empty one never does). A list
+# is judged by its elements.
 HARMLESS: dict[str, tuple[str, ...]] = {
     "model_type": ("mixtral", "transformer"),
     "hidden_act": ("silu", "swish"),
@@ -290,18 +345,18 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     "compression_config": (),
 }
 
-MAX_JSON = 2**23  # bytes of a config or a header; the published have less than 2**20
+MAX_JSON = 2**23  # bytes of a config or an index; the published ones have less than 2**20
 
 
-def find_config(folder: Path, files: list[Path]) -> Path:
-    """The config that was published with these weights, or else the other kind."""
-    names = ["config.json", "params.json"]
-    if files[0].name.startswith("consolidated"):
-        names.reverse()
-    for name in names:
+def find_config(folder: Path, first: str) -> Path:
+    """The config that was published with weights whose first file is this, or the other kind."""
+    configs = ["config.json", "params.json"]
+    if first.startswith("consolidated"):
+        configs.reverse()
+    for name in configs:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(f"no {names[0]} in {folder}: download it too")
+    raise FileNotFoundError(f"no {configs[0]} in {folder}: download it too")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -329,16 +384,15 @@ def load_json(path: Path) -> dict[str, Any]:
 
 
 def flatten(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """The config with the keys of its experts and of its rotary factors beside the others."""
-    experts = config.get("moe") or {}
-    if not isinstance(experts, dict):
+    """The config with the keys of moe and of rope_scaling or rope_parameters flattened."""
+    moe = config.get("moe") or {}
+    if not isinstance(moe, dict):
         raise ValueError(f"{path}: moe is not a JSON object: download it again")
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        rope = {"type": rope}
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = scaling if isinstance(scaling, dict) else {"type": scaling}
     rope_type = rope.get("rope_type") or rope.get("type")
     default = {"rope_theta": ModelArgs.rope_theta}  # the torrent's config states none
-    return {**default, **config, **experts, **rope, "rope_type": rope_type}
+    return {**default, **config, **moe, **rope, "rope_type": rope_type}
 
 
 def refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
@@ -346,7 +400,8 @@ def refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         value = config.get(key)
         if key == "lora" and isinstance(value, dict) and value.get("enable") is False:
             continue  # mistral-finetune's, merged into the weights
-        for element in value if isinstance(value, list) else [value]:
+        elements = value if isinstance(value, list) else [value]
+        for element in elements:
             if element and element not in harmless:
                 what = f"{path} has {key} {str(element)!r:.80}"
                 raise ValueError(f"{what}: get the original bfloat16 Mixtral")
@@ -373,29 +428,32 @@ class Part(NamedTuple):
 
 
 def match(model: Transformer, folder: Path) -> dict[str, Source]:
-    """Each parameter's source. Raises ValueError unless the files hold just these tensors."""
-    missing = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    sources = {}
-    for path in find_files(folder).files:
+    """Each parameter's source. Raises ValueError unless the files hold exactly the model's."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    sources: dict[str, Source] = {}
+    for path in find_files(folder).paths:
         for stored_name, stored in read_file(path).items():
             if is_rotary_buffer(stored_name):
                 continue
-            what = f"{stored_name!r:.100} in {path} is"
+            what = f"{stored_name!r:.100} in {path}"
             if not is_plain(stored):
                 kind = getattr(stored, "dtype", type(stored))
                 raise ValueError(
-                    f"{what} not a plain tensor of floats ({kind}): "
+                    f"{what} is not a plain tensor of floats ({kind}): "
                     "get the original bfloat16 weights"
                 )
             for name, shape, tensor in rename(stored_name, stored, model.params):
-                if name not in missing:
-                    raise ValueError(f"{what} {shape}, the model has no place for it")
-                if shape != missing[name]:
-                    raise ValueError(f"{what} {shape}, the model has {missing[name]} for it")
-                del missing[name]
+                if name not in shapes:
+                    raise ValueError(f"{what} has shape {shape}; the model has no place for it")
+                if name in sources:
+                    other = sources[name].path
+                    raise ValueError(f"{what} fills {name}, which {other} holds too")
+                if shape != shapes[name]:
+                    raise ValueError(f"{what} has shape {shape}; the model has {shapes[name]}")
                 sources[name] = Source(tensor, path)
+    missing = [name for name in shapes if name not in sources]
     if missing:
-        lacks = f"{min(missing)}, in all {len(missing)} tensors"
+        lacks = f"{len(missing)} of {len(shapes)} tensors, {missing[0]} the first of them"
         raise ValueError(f"{folder} lacks {lacks}: download it again")
     return sources
 
@@ -431,49 +489,70 @@ NAMES = {
 }
 
 
-def rename(name: str, tensor: Tensor, args: ModelArgs) -> Iterator[Part]:
+def rename(name: str, tensor: Tensor, args: ModelArgs) -> list[Part]:
     """A file's tensor as the model has it: each expert's own if it stacks them."""
-    is_rotated = re.search(r"self_attn\.[qk]_proj", name)
+    has_rotary_halves = re.search(r"self_attn\.[qk]_proj", name) is not None
     for theirs, ours in NAMES.items():
         name = re.sub(theirs, ours, name)
     prefix, _, last = name.rpartition(".")
 
-    # transformers 5: gate_up_proj (experts, 2 * hidden, dim), w1's rows above w3's, and
-    # down_proj (experts, dim, hidden)
-    if last == "gate_up_proj" and tensor.dim() == 3:
-        w1, w3 = tensor.tensor_split(2, dim=1)
-        yield from (expert_part(prefix, e, "w1", part) for e, part in enumerate(w1))
-        yield from (expert_part(prefix, e, "w3", part) for e, part in enumerate(w3))
-    elif last == "down_proj" and tensor.dim() == 3:
-        yield from (expert_part(prefix, e, "w2", part) for e, part in enumerate(tensor))
+    if last in ("gate_up_proj", "down_proj") and tensor.dim() == 3:
+        return split_fused_experts(prefix, last, tensor)
+    if re.fullmatch(r"layers\.\d+\.feed_forward\.w[123]", name) and tensor.dim() == 2:
+        return split_stacked_experts(prefix, last, tensor, args.num_experts)
+    if has_rotary_halves and tensor.dim() == 2 and len(tensor) % args.head_dim == 0:
+        return [pair_rotary_halves(name, tensor, args.head_dim)]
+    return [Part(name, tuple(tensor.shape), tensor)]
 
-    # The first hub release: w1, w2 and w3 (experts * hidden, dim), w2 transposed
-    elif re.fullmatch(r"layers\.\d+\.feed_forward\.w[123]", name) and tensor.dim() == 2:
-        for e, part in enumerate(tensor.chunk(args.num_experts)):
-            yield expert_part(f"{prefix}.experts", e, last, part.T if last == "w2" else part)
 
-    # The hub keeps the rotary pairs of a head as two halves, the model side by side.
-    elif is_rotated and tensor.dim() == 2 and len(tensor) % args.head_dim == 0:
-        halves = tensor.unflatten(0, (-1, 2, args.head_dim // 2))  # (heads, 2, head_dim / 2, dim)
-        pairs = halves.transpose(1, 2)  # (heads, head_dim / 2, 2, dim)
-        yield Part(name, tuple(tensor.shape), pairs)
-    else:
-        yield Part(name, tuple(tensor.shape), tensor)
+def split_fused_experts(experts: str, last: str, tensor: Tensor) -> list[Part]:
+    """Split transformers 5's gate_up_proj (experts, 2 * hidden, dim), w1's rows above w3's, or
+    its down_proj (experts, dim, hidden).
+    """
+    if last == "down_proj":
+        return [expert_part(experts, e, "w2", w2) for e, w2 in enumerate(tensor)]
+    parts = []
+    for e, gate_up in enumerate(tensor):  # (2 * hidden, dim)
+        w1, w3 = gate_up.tensor_split(2)  # (hidden, dim) each
+        parts.append(expert_part(experts, e, "w1", w1))
+        parts.append(expert_part(experts, e, "w3", w3))
+    return parts
+
+
+def split_stacked_experts(prefix: str, w: str, tensor: Tensor, num_experts: int) -> list[Part]:
+    """Split the first hub release's w1, w2 or w3 (experts * hidden, dim), w2 transposed."""
+    parts = []
+    for e, rows in enumerate(tensor.chunk(num_experts)):  # (hidden, dim)
+        matrix = rows.T if w == "w2" else rows
+        parts.append(expert_part(f"{prefix}.experts", e, w, matrix))
+    return parts
 
 
 def expert_part(experts: str, e: int, w: str, tensor: Tensor) -> Part:
     return Part(f"{experts}.{e}.{w}.weight", tuple(tensor.shape), tensor)
 
 
-def check_values(name: str, tensor: Tensor) -> None:
-    """Raise ValueError if the weights are damaged in a way that the logits may not show."""
+def pair_rotary_halves(name: str, tensor: Tensor, head_dim: int) -> Part:
+    """Put the rotary pairs of a head, which the hub keeps as two halves, side by side."""
+    halves = tensor.unflatten(0, (-1, 2, head_dim // 2))  # (heads, 2, head_dim / 2, dim)
+    pairs = halves.transpose(1, 2)  # (heads, head_dim / 2, 2, dim)
+    return Part(name, tuple(tensor.shape), pairs)
+
+
+def check_values(name: str, tensor: Tensor) -> bool:
+    """Return whether it is a pruned expert's matrix.
+
+    Raises ValueError if the weights are damaged in a way that the logits may not show.
+    """
+    pruned = is_pruned(name, tensor)
     # Rows of unused tokens may be zero.
-    may_have_zeros = name in ("tok_embeddings.weight", "output.weight") or is_pruned(name, tensor)
-    if not may_have_zeros and has_zero_run(tensor):
+    has_tokens = name in ("tok_embeddings.weight", "output.weight")
+    if not pruned and not has_tokens and has_zero_run(tensor):
         raise ValueError("holds a run of zero bytes: the download is incomplete")
     # Attention may hide values that are not finite.
     if is_part_of_wqkv(name) and not tensor.isfinite().all():
         raise ValueError("holds values that are not finite: download it again")
+    return pruned
 
 
 def is_pruned(name: str, tensor: Tensor) -> bool:
@@ -486,7 +565,11 @@ def is_pruned(name: str, tensor: Tensor) -> bool:
 
 
 def has_zero_run(tensor: Tensor) -> bool:
-    """Whether 4 KiB of a tensor, or all of a smaller one, are zero in its file."""
+    """Whether 4 KiB of a tensor, or all of a smaller one, are zero in its file.
+
+    Downloads are written in blocks of that size or more, so a hole is no smaller; a shorter run
+    may be the model's own.
+    """
     flat = tensor.as_strided([tensor.numel()], [1])  # as it lies in the file
     n = min(4096 // tensor.itemsize, len(flat))
     runs = flat[: len(flat) // n * n].view(-1, n)
@@ -505,12 +588,14 @@ def fill(model: Transformer, name: str, tensor: Tensor) -> None:
     on_cpu = weight.device.type == "cpu"
     in_order = tensor.is_contiguous()
     if not on_cpu and not in_order:
-        tensor = tensor.to(weight.device)  # where it is put into order faster
+        tensor = tensor.to(weight.device)  # a GPU permutes faster than the host
     if weight.dtype == torch.int8:
         linear = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(linear, Linear)
         quantize(linear, tensor)
-    elif on_cpu and in_order and tensor.dtype == weight.dtype and not is_part_of_wqkv(name):
+        return
+    fits_as_it_is = in_order and tensor.dtype == weight.dtype
+    if on_cpu and fits_as_it_is and not is_part_of_wqkv(name):
         weight.data = tensor
     else:  # wq, wk and wv, among others: they must stay slices of wqkv
         weight.view(tensor.shape).copy_(tensor)
@@ -521,12 +606,13 @@ def quantize(layer: Linear, tensor: Tensor) -> None:
     weight = layer.weight
     scales = layer.scale
     assert isinstance(scales, Tensor)
-    for i in range(0, len(tensor), 256):  # rows, to need little memory at a time
+    for i in range(0, len(tensor), 256):  # 256 rows at a time, to save memory
         # In two steps: to(device, dtype) would convert first, and send twice the bytes.
         rows = tensor[i : i + 256].to(weight.device).float()
         scale = (rows.abs().amax(dim=1) / 127).to(scales.dtype)  # (rows,)
         scales[i : i + 256] = scale
-        rounded = (rows / scale.float().clamp_min(1e-30)[:, None]).round_()
+        divisor = scale.float().clamp_min(1e-30)  # a row of zeros has the scale 0
+        rounded = (rows / divisor[:, None]).round_()
         weight[i : i + 256] = rounded.clamp_(-127, 127)
     if not scales.isfinite().all():
         raise ValueError("holds values that are not finite: download it again")
@@ -542,12 +628,12 @@ class Progress:
 
     def add(self, name: str, size: int) -> None:
         self.done += size
-        text = ""  # once all is loaded, the line is empty again
-        if self.done < self.total:
-            rate = self.done / (time.perf_counter() - self.begin)
-            gigabytes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
-            text = f"{gigabytes}, {rate / 1e9:.1f} GB/s, {name}"
-        show_on_terminal(f"\r{text}\033[K")
+        rate = self.done / (time.perf_counter() - self.begin)
+        gigabytes = f"{self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB"
+        show_on_terminal(f"\r{gigabytes}, {rate / 1e9:.1f} GB/s, {name}\033[K")
+
+    def clear(self) -> None:
+        show_on_terminal("\r\033[K")
 
 
 def show_on_terminal(text: str) -> None:
@@ -559,6 +645,13 @@ def show_on_terminal(text: str) -> None:
 
 
 # Readers of files
+
+MAX_HEADER = 100_000_000  # bytes of the header of a safetensors file, as that format limits it
+
+# The local header of a record in a zip archive: its last two fields are the sizes, of two bytes
+# each, of the name and of the extra field, which follow it.
+LOCAL_HEADER = 30
+MAX_DESCRIPTOR = 24  # a data descriptor, of 16 or 24 bytes, may follow a record's content
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -579,9 +672,12 @@ def read_safetensors(path: Path) -> dict[str, Any]:
 
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(min(header_size, MAX_JSON)))
+        if header_size > MAX_HEADER:
+            raise ValueError(f"its header would have {header_size} bytes")
+        header = json.loads(file.read(header_size))
     header.pop("__metadata__", None)
-    size = 8 + header_size + max(tensor["data_offsets"][1] for tensor in header.values())
+    ends = [tensor["data_offsets"][1] for tensor in header.values()]
+    size = 8 + header_size + max(ends, default=0)
     missing = size - path.stat().st_size
     if missing > 0:
         raise ValueError(f"{missing} of {size} bytes are missing")
@@ -599,24 +695,34 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def check_zip(path: Path) -> None:
-    """Raise ValueError if damage to a pickle's archive could displace tensors."""
-    # The pickle has a checksum. The weights' would take too long; but each must lie, at a
-    # multiple of 64 bytes as PyTorch writes it, between its own header and the next.
+    """Raise ValueError if damage to a pickle's archive could displace tensors.
+
+    The pickle's checksum is compared. The weights' would take too long; where they lie is
+    checked instead.
+    """
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
         records = sorted(archive.infolist(), key=lambda record: record.header_offset)
         ends = [*(record.header_offset for record in records[1:]), archive.start_dir]
         for record, end in zip(records, ends):
-            file.seek(max(0, record.header_offset) + 26)
-            name_size, extra_size = struct.unpack("<2H", file.read(4))
-            start = record.header_offset + 30 + name_size + extra_size
-            is_named = file.read(name_size) == record.filename.encode()
-            is_aligned = start > 0 and start % 64 == 0
-            gap = end - start - record.file_size
-            fills_its_place = 0 <= gap < 25  # a data descriptor may follow
-            if record.compress_type or not (is_named and is_aligned and fills_its_place):
-                raise ValueError(f"{record.filename} is displaced or compressed")
+            check_record(file, record, end)
             if record.filename.endswith("data.pkl"):
                 archive.read(record)  # compares its checksum
+
+
+def check_record(file: BinaryIO, record: zipfile.ZipInfo, end: int) -> None:
+    """Raise ValueError unless a record fills the place between its own header and end.
+
+    PyTorch lets each content start at a multiple of 64 bytes.
+    """
+    file.seek(max(0, record.header_offset) + LOCAL_HEADER - 4)
+    name_size, extra_size = struct.unpack("<2H", file.read(4))
+    is_named = file.read(name_size) == record.filename.encode()
+    start = record.header_offset + LOCAL_HEADER + name_size + extra_size
+    is_aligned = start > 0 and start % 64 == 0
+    gap = end - start - record.file_size
+    fills_its_place = 0 <= gap <= MAX_DESCRIPTOR
+    if record.compress_type or not (is_named and is_aligned and fills_its_place):
+        raise ValueError(f"{record.filename} is displaced or compressed")
 
 
 def advise(path: Path, error: Exception) -> str:
@@ -626,9 +732,9 @@ def advise(path: Path, error: Exception) -> str:
     if isinstance(error, OSError):
         return "check the disk and its permissions"
     if pickled_code(error):
-        return "it would run code, do not use it elsewhere either"
+        return "it would run code: do not use it elsewhere"
     if is_lfs_pointer(path):
-        return "it is a Git LFS pointer, run git lfs pull"
+        return "it is a Git LFS pointer: run git lfs pull"
     if is_old_pickle(path):
         return (
             "it is a pickle of the kind before PyTorch 1.6, which cannot be mapped: convert it "

@@ -1,4 +1,4 @@
-"""Which devices there are, what a model needs of each, and which options would make it fit."""
+"""Which devices there are, what a model needs on each, and which options would make it fit."""
 
 import bisect
 import functools
@@ -13,7 +13,8 @@ import torch
 
 from .model import ModelArgs, Transformer, deal
 
-# Bytes that a device needs beside weights and cache, generously.
+# Bytes that a device needs besides weights and cache: a generous guess. A test counts that the
+# largest use, 16 rows with log-probabilities and echo, stays within it.
 ACTIVATIONS = 2**30
 
 # Nobody is advised to make the cache shorter than this many tokens.
@@ -48,19 +49,19 @@ def check_memory(
 ) -> None:
     """Raise RuntimeError if the model does not fit, with the options that would make it fit.
 
-    Raises ValueError if the experts cannot be dealt out to these devices, or if there are no
-    cpu_layers layers to keep in host memory.
+    Raises ValueError if the experts cannot be dealt out to these devices, or if cpu_layers is
+    more than there are or is asked for without GPUs.
     """
     on_gpus = devices[0] != "cpu"
     if len(devices) > args.num_experts:
         raise ValueError(
             f"{len(devices)} devices are too many: the model has {args.num_experts} experts, "
-            "and each device must hold one at least"
+            "and each device must hold at least one"
         )
-    most = args.n_layers if on_gpus else 0
-    if type(cpu_layers) is not int or not 0 <= cpu_layers <= most:
-        limit = f"0 to {args.n_layers}, or 0 without GPUs"
-        raise ValueError(f"cpu_layers must be {limit}, not {cpu_layers!r}")
+    if type(cpu_layers) is not int or not 0 <= cpu_layers <= args.n_layers:
+        raise ValueError(f"cpu_layers must be 0 to {args.n_layers}, not {cpu_layers!r}")
+    if cpu_layers > 0 and not on_gpus:
+        raise ValueError("cpu_layers needs GPUs: without any, all layers are in host memory")
 
     plan = Plan(args, tuple(devices), dtype, cpu_layers, int8)
     if on_gpus:
@@ -76,7 +77,8 @@ def check_memory(
         advice = f"but would with {options}"
     else:
         advice = describe_least(plan, visible, free)
-    raise RuntimeError(f"the model does not fit, {advice} ({describe_shortages(plan, free)})")
+    model = "the model in float32" if dtype == torch.float32 else "the model"
+    raise RuntimeError(f"{model} does not fit, {advice} ({describe_shortages(plan, free)})")
 
 
 def memory_needed(
@@ -86,16 +88,16 @@ def memory_needed(
     cpu_layers: int = 0,
     int8: bool = False,
 ) -> list[int]:
-    """Bytes on each device and, last, those of the experts that are in host memory.
+    """Bytes on each device, then, last, those of the experts that are in host memory.
 
     The first device holds all that is not an expert, and no other has more experts than it.
     """
     sizes = count_bytes(replace(args, max_batch_size=1, max_seq_len=1), dtype, int8)
     cached = args.max_batch_size * args.max_seq_len * sizes.cached_token
-    shared = sizes.shared + cached + args.max_seq_len * sizes.rotary_factors
+    not_experts = sizes.shared + cached + args.max_seq_len * sizes.rotary_factors
     layers_on_devices = args.n_layers - cpu_layers
     needed = [n * sizes.expert * layers_on_devices for n in deal(args.num_experts, n_devices)]
-    needed[0] += shared
+    needed[0] += not_experts
     return [*needed, args.num_experts * sizes.expert * cpu_layers]
 
 
@@ -120,7 +122,7 @@ class Plan(NamedTuple):
 
 
 def needs(plan: Plan) -> dict[str, int]:
-    """Bytes that a plan needs on each device by its name; host memory is "cpu"."""
+    """Bytes that a plan needs on each device, by its name; host memory is "cpu"."""
     *on_devices, on_host = memory_needed(
         plan.args, len(plan.devices), plan.dtype, plan.cpu_layers, plan.int8
     )
@@ -146,15 +148,18 @@ def visible_devices(plan: Plan) -> list[str]:
 
 
 def ways_to_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Plan]:
-    """The plans that fit with the fewest options changed, and these as little as possible."""
+    """The plans that fit with the fewest options changed, and these as little as possible.
+
+    A way is known by which options it changes; of those with the same, the mildest counts.
+    """
     ways = list(plans_that_fit(plan, visible, free))
     for way in plans_that_fit(with_smallest_cache(plan), visible, free):
         ways.append(with_largest_cache(way, plan.args, free))
-    least_changed: dict[frozenset[str], Plan] = {}
+    mildest: dict[frozenset[str], Plan] = {}
     for way in ways:
-        least_changed.setdefault(changed_fields(plan, way), way)
-    fewest = min((len(changed) for changed in least_changed), default=0)
-    return [way for changed, way in least_changed.items() if len(changed) == fewest]
+        mildest.setdefault(changed_fields(plan, way), way)
+    fewest = min((len(changed) for changed in mildest), default=0)
+    return [way for changed, way in mildest.items() if len(changed) == fewest]
 
 
 def changed_fields(plan: Plan, other: Plan) -> frozenset[str]:
@@ -162,32 +167,38 @@ def changed_fields(plan: Plan, other: Plan) -> frozenset[str]:
 
 
 def plans_that_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> Iterator[Plan]:
-    """The plan with 8 bits, more GPUs or more layers in host memory, as far as it then fits.
+    """The plan with 8 bits, more GPUs or other cpu_layers: those of these plans that fit.
 
-    Of plans with the same options changed, the one that changes them least comes first.
+    Of plans that change the same options, the mildest comes first.
     """
-    for int8 in sorted({plan.int8, True}):
+    int8_or_not = [True] if plan.int8 else [False, True]
+    for int8 in int8_or_not:
         for n_devices in range(len(plan.devices), len(visible) + 1):
             way = plan._replace(int8=int8, devices=tuple(visible[:n_devices]))
             if fits(way, free):
                 yield way
-            way = with_layers_on_host(way, free)
+            way = with_nearest_cpu_layers(way, free)
             if fits(way, free):
                 yield way
 
 
-def with_layers_on_host(plan: Plan, free: dict[str, int]) -> Plan:
-    """The plan with as many layers in host memory as make the GPUs' part fit, or with all."""
+def with_nearest_cpu_layers(plan: Plan, free: dict[str, int]) -> Plan:
+    """The plan with as few more layers in host memory as make the GPUs' part fit, or with as
+    few less as make the host's part fit. If no number of layers does both, it does not fit.
+    """
     if plan.devices[0] == "cpu":
         return plan
 
-    def gpus_suffice(cpu_layers: int) -> bool:
-        needed = needs(plan._replace(cpu_layers=cpu_layers))
+    def gpus_suffice(gpu_layers: int) -> bool:
+        needed = needs(plan._replace(cpu_layers=plan.args.n_layers - gpu_layers))
         return all(needed[device] <= free[device] for device in plan.devices)
 
-    choices = range(plan.cpu_layers, plan.args.n_layers)
-    more = bisect.bisect_left(choices, True, key=gpus_suffice)
-    return plan._replace(cpu_layers=plan.cpu_layers + more)
+    def host_suffices(cpu_layers: int) -> bool:
+        return needs(plan._replace(cpu_layers=cpu_layers))["cpu"] <= free["cpu"]
+
+    fewest = plan.args.n_layers - largest(plan.args.n_layers, gpus_suffice)
+    most = largest(plan.args.n_layers, host_suffices)
+    return plan._replace(cpu_layers=min(max(plan.cpu_layers, fewest), most))
 
 
 def with_smallest_cache(plan: Plan) -> Plan:
@@ -209,6 +220,8 @@ def with_largest_cache(plan: Plan, asked: ModelArgs, free: dict[str, int]) -> Pl
 
 def largest(limit: int, suffices: Callable[[int], bool]) -> int:
     """The largest number up to limit that suffices, as all smaller ones do; 0 if none does."""
+    # The keys are False, ..., False, True, ...: the index of the first number that does not
+    # suffice is the count of those that do, and these are 1, 2, ...
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not suffices(n))
 
 
@@ -227,24 +240,35 @@ def describe_changes(plan: Plan, other: Plan) -> str:
 
 
 def describe_least(plan: Plan, visible: list[str], free: dict[str, int]) -> str:
-    """What the model needs at the least, with which options, and what there is."""
-    least = with_smallest_cache(plan)._replace(int8=True, devices=plan.devices[:1])
-    total = sum(needs(least).values())
-    text = f"and needs at least {gigabytes(total)}"
+    """What the model needs at least, with which options, and what there is."""
+    first = plan.devices[0]
+    least = with_smallest_cache(plan)._replace(int8=True, devices=(first,))
+    least_total = gigabytes(sum(needs(least).values()))
     changes = describe_changes(plan, least._replace(devices=plan.devices))
-    if changes:
-        text += f" with {changes}"
-    if plan.devices[0] == "cpu":
+    with_changes = f" with {changes}" if changes else ""
+    if first == "cpu":
+        return f"and needs at least {least_total}{with_changes}"
+
+    least_on_gpu = gigabytes(needs(least._replace(cpu_layers=plan.args.n_layers))[first])
+    free_on_gpus = gigabytes(sum(free[device] for device in set(visible)))
+    text = (
+        f"and needs at least {least_total}{with_changes}, {least_on_gpu} of it on a GPU; "
+        f"{free_on_gpus} are free on GPUs and {gigabytes(free['cpu'])} in host memory"
+    )
+    enough = gpus_that_would_do(least, free[first])
+    if enough is None:
         return text
-    on_gpu = needs(least._replace(cpu_layers=plan.args.n_layers))[plan.devices[0]]
-    on_gpus = sum(free[device] for device in visible)
-    text += f", {gigabytes(on_gpu)} of it on a GPU, where {gigabytes(on_gpus)} are free on GPUs "
-    text += f"and {gigabytes(free['cpu'])} in host memory"
-    for n_devices in range(len(visible) + 1, plan.args.num_experts + 1):
-        share = memory_needed(least.args, n_devices, plan.dtype, int8=True)[0] + ACTIVATIONS
-        if share <= free[plan.devices[0]]:
-            return f"{text}: {n_devices} GPUs like {plan.devices[0]} would hold it"
-    return text
+    gpus = "1 GPU" if enough == 1 else f"{enough} GPUs"
+    return f"{text}: {gpus} like {first} would hold it"
+
+
+def gpus_that_would_do(plan: Plan, free_on_each: int) -> int | None:
+    """How many GPUs would hold a plan without host memory, or None if no number would."""
+    for n_devices in range(1, plan.args.num_experts + 1):
+        on_first = memory_needed(plan.args, n_devices, plan.dtype, int8=plan.int8)[0]
+        if on_first + ACTIVATIONS <= free_on_each:
+            return n_devices
+    return None
 
 
 def describe_shortages(plan: Plan, free: dict[str, int]) -> str:
@@ -313,13 +337,16 @@ def release_unused(devices: Sequence[str]) -> None:
         torch.cuda.empty_cache()
 
 
-# The files in a control group's folder that state its limit, its use and, by this key of
-# memory.stat, how much of the use is cached files that the kernel would drop when asked for
-# memory. The first line is that of version 2, the second that of version 1.
-CONTROL_GROUPS = (
-    ("memory.max", "memory.current", "inactive_file"),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-)
+class GroupFiles(NamedTuple):
+    """The files in a control group's folder, and the prefix of the keys in its memory.stat."""
+
+    limit: str
+    used: str
+    prefix: str
+
+
+VERSION_1 = GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+VERSION_2 = GroupFiles("memory.max", "memory.current", "")
 
 
 def free_host_memory(root: Path = Path("/")) -> int:
@@ -327,20 +354,26 @@ def free_host_memory(root: Path = Path("/")) -> int:
 
     Where nothing says how much is free, as on systems other than Linux, it is taken to suffice.
     """
-    free = [2**63]
+    limits = []
     try:
         available = re.search(r"MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_text())
     except OSError:
         available = None
     if available:
-        free.append(int(available[1]) * 1024)
-    for folder in control_groups(root):
-        free += left_by_control_group(folder)
-    return max(0, min(free))
+        limits.append(int(available[1]) * 1024)
+    for folder, files in control_groups(root):
+        left = left_by_control_group(folder, files)
+        if left is not None:
+            limits.append(left)
+    if not limits:
+        return 2**63  # more than any machine has
+    return max(0, min(limits))
 
 
-def control_groups(root: Path) -> Iterator[Path]:
+def control_groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
     """The folders of the control groups that this process is in, and of all above them.
+
+    With each comes which files it has, as its version of control groups decides.
 
     A container sees the folder of its own group as the topmost one, while the path that the
     kernel names may be the one outside.
@@ -355,28 +388,30 @@ def control_groups(root: Path) -> Iterator[Path]:
         controllers, _, path = rest.partition(":")
         if controllers == "":  # version 2, which has this folder to itself or a part of it
             hierarchies = [top, top / "unified"]
+            files = VERSION_2
         elif "memory" in controllers.split(","):
             hierarchies = [top / "memory"]
+            files = VERSION_1
         else:
             continue
         for hierarchy in hierarchies:
             folder = hierarchy / path.lstrip("/")
             while folder != hierarchy:
-                yield folder
+                yield folder, files
                 folder = folder.parent
-            yield hierarchy
+            yield hierarchy, files
 
 
-def left_by_control_group(folder: Path) -> list[int]:
-    """The bytes that a control group may still use, or nothing if it has no limit."""
-    left = []
-    for limit_file, use_file, key in CONTROL_GROUPS:
-        try:
-            limit = int((folder / limit_file).read_text())  # ValueError for "max", no limit
-            used = int((folder / use_file).read_text())
-            statistics = (folder / "memory.stat").read_text()
-        except (OSError, ValueError):
-            continue
-        cached = re.search(rf"^{key} (\d+)$", statistics, re.MULTILINE)
-        left.append(limit - used + (int(cached[1]) if cached else 0))
-    return left
+def left_by_control_group(folder: Path, files: GroupFiles) -> int | None:
+    """The bytes that a control group may still use, or None if it has no limit."""
+    try:
+        limit = int((folder / files.limit).read_text())  # ValueError for "max", no limit
+        used = int((folder / files.used).read_text())
+        statistics = (folder / "memory.stat").read_text()
+    except (OSError, ValueError):
+        return None
+    # The kernel drops cached files when asked for memory: those read once are inactive, those
+    # read more often, such as a checkpoint's that was loaded before, are active.
+    key = rf"^{files.prefix}(?:in)?active_file (\d+)$"
+    cached = re.findall(key, statistics, re.MULTILINE)
+    return limit - used + sum(int(size) for size in cached)

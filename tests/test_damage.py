@@ -7,6 +7,7 @@ import shutil
 import struct
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ from helpers.checkpoints import ARGS, PAGE_OF_HTML, REFUSED, TOKENS, load, refus
 from helpers.layouts import ARCHIVE, LAYOUTS, PICKLE, write
 from helpers.reference import random_transformer
 
-from mixtral import ModelArgs
-from mixtral.checkpoint import has_zero_run
+from mixtral import ModelArgs, Transformer
+from mixtral.checkpoint import has_zero_run, load_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,17 @@ def test_an_expert_of_zeros_is_a_pruned_one(tmp_path, logged, layout, int8):
     assert not model.get_parameter(f"{experts}.2.w3.weight").any()
     assert model.get_parameter(f"{experts}.1.w3.weight").any()
     assert model(TOKENS).isfinite().all()
+
+
+def test_the_first_pruned_matrix_is_the_models(tmp_path, logged):
+    """Not that whose name is first in the alphabet: layers.10 is after layers.2."""
+    args = replace(WIDE, dim=32, n_layers=11, hidden_dim=64)
+    state = random_transformer(args, dtype=torch.bfloat16).state_dict()
+    for layer in (2, 10):
+        state[f"layers.{layer}.feed_forward.experts.0.w1.weight"].zero_()
+    load_checkpoint(Transformer(args), write(tmp_path, "C", args, state))
+    assert len(logged) == 1 and "2 matrices" in logged[0]
+    assert logged[0].endswith("layers.2.feed_forward.experts.0.w1.weight is the first")
 
 
 @pytest.mark.parametrize("name", ["attention.wo", "feed_forward.gate", "attention_norm"])

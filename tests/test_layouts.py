@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoints import ARGS, assert_loads, drop, edit, load, put, refusal, tensors
 from helpers.layouts import ARCHIVE, INDEX, LAYOUTS, PICKLE, PICKLE_INDEX, write
 from helpers.reference import random_transformer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from mixtral import Mixtral, Transformer
 from mixtral.checkpoint import load_checkpoint, read_params
@@ -154,15 +154,57 @@ def test_two_sets_without_an_index_are_refused(copy_of, stale, layout):
     assert f"two complete sets of weights, {first} and {added[0]}: move one" in message
 
 
-def test_two_indices_are_refused(copy_of, stale):
+def test_two_other_indices_are_refused(copy_of, stale):
     folder = copy_of("D-sharded")
+    (folder / INDEX).rename(folder / f"c.{INDEX}")
     added = add_weights(folder, stale / "D-sharded", 5)
-    index = json.loads((folder / INDEX).read_text())
+    index = json.loads((folder / f"c.{INDEX}").read_text())
     put(f"b.{INDEX}", json.dumps(index).encode())(folder)  # it names the same files
     load(folder)
     index["weight_map"] = dict(zip(index["weight_map"], added * 100))
     put(f"a.{INDEX}", json.dumps(index).encode())(folder)
     assert f"two complete sets of weights, {added[0]} and" in refusal(folder, True)
+
+
+def test_the_hubs_index_is_preferred(copy_of, source, stale, logged):
+    """Some of Mistral's folders on the hub have an index for each of two complete sets."""
+    folder = copy_of("D-sharded")
+    added = []
+    for path in sorted((stale / "D-sharded").glob("model-*")):
+        added.append(path.name.replace("model", "consolidated"))
+        shutil.copy(path, folder / added[-1])
+    index = json.dumps({"weight_map": dict(enumerate(added))})
+    put("consolidated.safetensors.index.json", index.encode())(folder)
+    assert_loads(folder, source)
+    shard = "model-00001-of-00004.safetensors"
+    assert logged == [f"{folder}: weights are read from {shard}, not from {added[0]}"]
+
+
+@pytest.mark.parametrize("layout", ["C", "D-sharded", "bin-sharded"])
+def test_hidden_files_are_not_weights(copy_of, source, logged, layout):
+    """macOS writes "._" files beside those that it copies to other disks."""
+    folder = copy_of(layout)
+    for index in folder.glob("*.index.json"):
+        index.unlink()
+    for path in list(folder.iterdir()):
+        put(f"._{path.name}")(folder)
+    assert_loads(folder, source)
+    assert logged == []
+
+
+def test_a_shard_without_tensors(copy_of, source):
+    folder = copy_of("D-sharded")
+    weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+    save_file({}, folder / "model-00000-of-00004.safetensors")
+    edit(INDEX, weight_map=weight_map | {"none": "model-00000-of-00004.safetensors"})(folder)
+    assert_loads(folder, source)
+
+
+def test_large_metadata(copy_of, source):
+    """A header may have up to 100 MB in safetensors."""
+    folder = copy_of("C")
+    save_file(load_file(folder / ARCHIVE), folder / ARCHIVE, metadata={"notes": "a" * 2**23})
+    assert_loads(folder, source)
 
 
 def test_two_kinds_of_pickles_are_refused(copy_of, stale):
@@ -184,15 +226,16 @@ def test_shards_that_the_index_does_not_name_are_no_substitute(copy_of, stale):
 
 
 @pytest.mark.parametrize("layout", ["A", "B", "C"])
-def test_an_index_without_its_shards_does_no_harm(copy_of, folders, source, layout):
+def test_an_index_without_its_shards_does_no_harm(copy_of, folders, source, logged, layout):
     """A download of one layout only leaves it, since it is small."""
     folder = copy_of(layout)
     shutil.copy(folders["D-sharded"] / INDEX, folder)
     assert_loads(folder, source)
+    assert logged == []
 
 
 def test_a_whole_hub_folder(copy_of, source, stale, logged):
-    """The safetensors are read, which one line says; the pickles if a shard is missing."""
+    """The safetensors are read, or the pickles if a shard is missing: one line says it."""
     folder = copy_of("D-sharded")
     add_weights(folder, stale / "B")
     read_params(folder, 16, 1)
@@ -203,7 +246,8 @@ def test_a_whole_hub_folder(copy_of, source, stale, logged):
     drop(shard)(folder)
     logged.clear()
     assert_loads(folder, load(stale / "B"))
-    assert logged == []
+    want = f"{folder}: weights are read from consolidated.00.pt, since {shard} is missing"
+    assert logged == [want]
 
 
 @pytest.mark.parametrize("index", [None, b"x", b"[]", b'{"weight_map": {"a": "../b"}}'])

@@ -84,11 +84,18 @@ def test_more_devices_than_experts(machine):
         check_memory(args, find_devices(4))
 
 
-@pytest.mark.parametrize("device, layers", [("cpu", 1), ("cuda:0", 33), ("cuda:0", 1.5)])
+@pytest.mark.parametrize("layers", [33, -1, 1.5, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_layers_that_cannot_stay_in_host_memory(machine, device, layers):
     machine([80.0], 100)
-    with pytest.raises(ValueError, match="cpu_layers must be 0 to 32, or 0 without GPUs"):
+    with pytest.raises(ValueError, match=f"cpu_layers must be 0 to 32, not {layers}"):
         check_memory(ModelArgs(), [device], cpu_layers=layers)
+
+
+def test_layers_in_host_memory_need_gpus(machine):
+    machine([80.0], 100)
+    with pytest.raises(ValueError, match="cpu_layers needs GPUs"):
+        check_memory(ModelArgs(), ["cpu"], cpu_layers=1)
 
 
 # What a model needs
@@ -167,23 +174,47 @@ def test_options_that_suffice_together(machine, gpus, host, num_gpus, advice):
     assert f"but would with {advice} (" in refusal(num_gpus)
 
 
+def test_fewer_layers_in_host_memory_are_advised(machine):
+    """As many as it holds, if the GPUs have room for the others."""
+    machine([80, 80], 10)
+    assert "but would with cpu_layers 3 (host memory: " in refusal(2, cpu_layers=32)
+    check_memory(ModelArgs(), find_devices(2), cpu_layers=3)
+    with pytest.raises(RuntimeError, match="but would with cpu_layers 3, or with int8 "):
+        check_memory(ModelArgs(), find_devices(2), cpu_layers=4)
+    machine([30, 30], 10)
+    message = refusal(2, cpu_layers=32)
+    assert "but would with int8 and cpu_layers 7 (" in message
+    check_memory(ModelArgs(), find_devices(2), cpu_layers=7, int8=True)
+
+
+def test_float32_is_named(machine):
+    """bfloat16 may fit without other options."""
+    machine([], 128)
+    check_memory(ModelArgs(), ["cpu"])
+    with pytest.raises(RuntimeError, match="^the model in float32 does not fit, but would with"):
+        check_memory(ModelArgs(), ["cpu"], torch.float32)
+
+
 def options_of(way: str) -> dict[str, int]:
     words = way.replace("int8", "int8 1").split(" and ")
     return {name: int(value) for name, value in (word.split() for word in words)}
 
 
+@pytest.mark.parametrize("asked", [0, 32])
 @pytest.mark.parametrize("args", [ModelArgs(), V03, replace(ModelArgs(), num_experts=3)])
 @pytest.mark.parametrize("host", [8, 48, 100, 200])
 @pytest.mark.parametrize("gpus", [[], [12], [24, 24], [24, 24, 10], [48] * 3, [80], [40] * 8])
-def test_what_is_advised_holds(machine, args, host, gpus):
+def test_what_is_advised_holds(machine, args, host, gpus, asked):
     """Every way that is named fits, and one of its numbers less far from those asked would not."""
+    if asked and not gpus:
+        pytest.skip("cpu_layers needs GPUs")
     args = replace(args, max_seq_len=32768, max_batch_size=8)
     machine(gpus, host)
     for num_gpus in range(min(len(gpus), 1), min(len(gpus), args.num_experts) + 1):
-        check = functools.partial(check_with, args, num_gpus=num_gpus)
+        check = functools.partial(check_with, args, num_gpus=num_gpus, cpu_layers=asked)
         if check():
             continue
-        message = refusal(num_gpus, args)
+        message = refusal(num_gpus, args, cpu_layers=asked)
         if "but would with " not in message:
             assert re.search(r"and needs at least \d+\.\d GB with int8 and max_batch", message)
             continue
@@ -192,7 +223,9 @@ def test_what_is_advised_holds(machine, args, host, gpus):
             options = options_of(way)
             assert check(**options)
             for name, value in options.items():
-                step = 1 if name in ("max_seq_len", "max_batch_size") else -1
+                is_less = name in ("max_seq_len", "max_batch_size")
+                is_less = is_less or (name == "cpu_layers" and value < asked)
+                step = 1 if is_less else -1
                 if name == "int8":
                     less = {key: number for key, number in options.items() if key != name}
                 elif name == "max_batch_size" and "max_seq_len" in options:
@@ -224,8 +257,10 @@ def test_the_least_that_a_model_needs(machine):
     dense = memory_needed(small, 1, cpu_layers=32, int8=True)[0] + ACTIVATIONS
     message = refusal(1)
     assert f"{needs} 128, {dense / GB:.1f} GB of it on a GPU" in message
-    assert "28.0 GB are free on GPUs and 16.0 GB in host memory" in message
+    assert "on a GPU; 28.0 GB are free on GPUs and 16.0 GB in host memory" in message
     assert ": 3 GPUs like cuda:0 would hold it (" in message and "num_gpus" not in message
+    machine([24, 2, 2], 16)
+    assert ": 3 GPUs like cuda:0 would hold it (" in refusal(3)  # there are 3, but not like it
     machine([2], 16)
     assert "would hold it" not in refusal(1)  # no number of such GPUs would
 
@@ -282,11 +317,17 @@ def made_up(root: Path, files: dict[str, object]) -> Path:
     return root
 
 
+def statistics(prefix: str, cached: int) -> str:
+    """Cached files, of which a third was read more than once."""
+    active = cached // 3
+    return f"anon 5\n{prefix}active_file {active}\n{prefix}inactive_file {cached - active}\nfile 9"
+
+
 def v2(folder: str, limit: object, used: int, cached: int = 0) -> dict[str, object]:
     return {
         f"{folder}/memory.max": limit,
         f"{folder}/memory.current": used,
-        f"{folder}/memory.stat": f"anon 5\nactive_file 3\ninactive_file {cached}\nfile 9",
+        f"{folder}/memory.stat": statistics("", cached),
     }
 
 
@@ -294,7 +335,7 @@ def v1(folder: str, limit: int, used: int, cached: int = 0) -> dict[str, object]
     return {
         f"{folder}/memory.limit_in_bytes": limit,
         f"{folder}/memory.usage_in_bytes": used,
-        f"{folder}/memory.stat": f"cache 5\ninactive_file 7\ntotal_inactive_file {cached}",
+        f"{folder}/memory.stat": f"active_file 7\n{statistics('total_', cached)}",
     }
 
 

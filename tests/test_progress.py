@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.checkpoints import load
+import torch
+from helpers.checkpoints import load, refusal, tensors
 
 
 class Terminal(io.StringIO):
@@ -18,9 +19,19 @@ def test_progress_on_a_terminal(folders, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     model = load(folders["C"])
     lines = terminal.getvalue().split("\r")[1:]
-    assert len(lines) == len(list(model.parameters()))
+    assert len(lines) == len(list(model.parameters())) + 1
     assert all("of 0.0 GB, " in line and line.endswith("\033[K") for line in lines[:-1])
     assert lines[-1] == "\033[K"  # the line is empty in the end
+
+
+def test_the_line_is_empty_before_an_error_is_shown(copy_of, monkeypatch):
+    folder = copy_of("C")
+    tensors("norm.weight", lambda w1: torch.zeros(32, dtype=w1.dtype))(folder)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert "run of zero bytes" in refusal(folder)
+    assert " GB/s, " in terminal.getvalue()  # the norm is the last in the file
+    assert terminal.getvalue().endswith("\r\033[K")
 
 
 def test_no_progress_elsewhere(folders, capsys):

@@ -46,7 +46,14 @@ class Bomb:
 
 
 DEEP = b'{"a":' * 100_000
-SHARD_2, SHARD_4 = (f"model-0000{i}-of-00004.safetensors" for i in (2, 4))
+SHARD_1, SHARD_2, SHARD_4 = (f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 4))
+
+
+def repeat_in_shard_2(folder):
+    """Give the second shard a tensor of the first, too."""
+    name, tensor = next(iter(load_file(folder / SHARD_1).items()))
+    save_file(load_file(folder / SHARD_2) | {name: tensor}, folder / SHARD_2)
+
 
 BEFORE_LOADING = [
     ("A", shutil.rmtree, "no folder at"),
@@ -97,20 +104,26 @@ def own_names(index):
 
 
 BEFORE_LOADING += [
-    ("D-sharded", own_names(PAGE_OF_HTML), f"index: .*{INDEX} is not a JSON object: download"),
+    (
+        "D-sharded",
+        own_names(PAGE_OF_HTML),
+        f"told without their index: .*{INDEX} is not a JSON object: download",
+    ),
     ("D-sharded", own_names(b"{}"), f"index: .*{INDEX} has no weight_map: download"),
     ("D-sharded", own_names(b'{"weight_map": {"a": 1}}'), "'1', which is not a file's name"),
     ("D-sharded", own_names(b'{"weight_map": {"a": "/b"}}'), "'/b', which is not a file's name"),
+    ("D-sharded", own_names(b'{"weight_map": {"a": ".."}}'), "'..', which is not a file's name"),
+    ("D-sharded", own_names(b'{"weight_map": {"a": ""}}'), "'', which is not a file's name"),
     ("D-sharded", pipe(INDEX), None),  # it is as good as none, and not opened
 ]
 
 OLD_KIND = {"_use_new_zipfile_serialization": False}
 QINT8 = (0.1, 0, torch.qint8)
 IN_HEADERS = [
-    ("A", edit("params.json", head_dim=4), r"is \(32, 32\).* has \(16, 32\) for it"),
+    ("A", edit("params.json", head_dim=4), r"has shape \(32, 32\); the model has \(16, 32\)"),
     ("A", edit("params.json", dim=2**30), "does not fit"),
     ("A", put(PICKLE, b""), "cannot read .*consolidated.00.pth .* md5 .*1faa9bc9b2"),
-    ("A", put(PICKLE, POINTER), "git lfs pull"),
+    ("A", put(PICKLE, POINTER), "pointer: run git lfs pull"),
     ("A", put("model.safetensors"), "cannot read .*model.safetensors"),
     ("A", cut(PICKLE, 9000, 10**9), "consolidated.00.pth .* join .* md5 .*1faa9bc9b2"),
     ("A", cut(PICKLE, 8192, 16384), "displaced.* join .* md5 .*1faa9"),
@@ -118,7 +131,11 @@ IN_HEADERS = [
     ("A", tensors(W1, torch.clone, **OLD_KIND), "before PyTorch 1.6, .* convert it with torch"),
     ("A", tensors(W1, torch.clone, **OLD_KIND, pickle_protocol=4), "before PyTorch 1.6"),
     # Python 3.13 has it as _io.open.
-    ("A", tensors("norm.weight", lambda t: Bomb()), "GLOBAL _?io.open.*would run code"),
+    (
+        "A",
+        tensors("norm.weight", lambda t: Bomb()),
+        "GLOBAL _?io.open.*would run code: do not use it elsewhere",
+    ),
     ("A", tensors(7, torch.neg), "'7' .* no place for it"),
     ("A", tensors("a\nb", torch.neg), r"'a\\nb' .* no place for it"),
     ("A", tensors(W1, lambda t: [t]), "not a plain tensor"),
@@ -128,33 +145,49 @@ IN_HEADERS = [
     ("A", tensors(W1, lambda t: t.to("meta")), "not a plain tensor"),
     ("A", tensors(W1, lambda t: torch.quantize_per_tensor(t.float(), *QINT8)), "qint8"),
     ("C", cut(ARCHIVE, -7, 10**9), "7 of .* bytes are missing"),
-    ("C", put(ARCHIVE, struct.pack("<Q", 2**62)), "cannot read"),
+    ("C", put(ARCHIVE, struct.pack("<Q", 2**62)), "header would have 4611686018427387904 bytes"),
     ("C", put(ARCHIVE, PAGE_OF_HTML), "cannot read"),
     ("C", header(overlap), "cannot read"),
     ("C", header(lambda h: h[W1]["data_offsets"].pop()), "cannot read"),
     ("C", header(lambda h: h[W1].pop("data_offsets")), "cannot read"),
     ("C", header(lambda h: {"a": 1}), "cannot read"),
-    ("C", tensors(W1, lambda t: None), f"lacks {W1}"),
+    ("C", tensors(W1, lambda t: None), rf"lacks 1 of 41 tensors, {W1} the first of them: download"),
     ("C", tensors("extra", torch.neg), "'extra' .* no place for it"),
-    ("C", tensors(W1, lambda t: t[1:]), r"is \(47, 32\)"),
-    ("C", tensors(W1, lambda t: t.view(1, 48, 32)), r"is \(1, 48, 32\)"),
+    ("C", tensors(W1, lambda t: t[1:]), r"has shape \(47, 32\)"),
+    ("C", tensors(W1, lambda t: t.view(1, 48, 32)), r"has shape \(1, 48, 32\)"),
     ("C", tensors(W1, torch.Tensor.char), "torch.int8"),
+    ("D-sharded", repeat_in_shard_2, f"{SHARD_2} fills .*, which .*{SHARD_1} holds too"),
 ]
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 DOWN = "model.layers.1.mlp.experts.down_proj"
 IN_HUB_HEADERS = [
-    ("D", Q_PROJ, lambda t: t[1:], r"is \(31, 32\), the model has \(32, 32\)"),
-    ("D", Q_PROJ, lambda t: t[:8], r"is \(8, 32\), the model has \(32, 32\)"),
-    ("D", Q_PROJ, lambda t: t.view(4, 4, 2, 32), r"is \(4, 4, 2, 32\), the model has \(32, 32\)"),
-    ("D", Q_PROJ, lambda t: t[0, 0], r"is \(\), the model has \(32, 32\)"),
-    ("D2", GATE_UP, lambda t: t[:, :94], r"is \(47, 32\), the model has \(48, 32\)"),
-    ("D2", GATE_UP, lambda t: t[:3], "lacks layers.0.feed_forward.experts.3.w1.weight"),
+    ("D", Q_PROJ, lambda t: t[1:], r"has shape \(31, 32\); the model has \(32, 32\)"),
+    ("D", Q_PROJ, lambda t: t[:8], r"has shape \(8, 32\); the model has \(32, 32\)"),
+    (
+        "D",
+        Q_PROJ,
+        lambda t: t.view(4, 4, 2, 32),
+        r"has shape \(4, 4, 2, 32\); the model has \(32, 32\)",
+    ),
+    ("D", Q_PROJ, lambda t: t[0, 0], r"has shape \(\); the model has \(32, 32\)"),
+    ("D2", GATE_UP, lambda t: t[:, :94], r"has shape \(47, 32\); the model has \(48, 32\)"),
+    (
+        "D2",
+        GATE_UP,
+        lambda t: t[:3],
+        "lacks 2 of 41 tensors, layers.0.feed_forward.experts.3.w1.weight the first",
+    ),
     ("D2", GATE_UP, lambda t: torch.cat((t, t)), "no place for it"),
     ("D2", GATE_UP, lambda t: t[0], "no place for it"),
     ("D2", GATE_UP, lambda t: t[0, 0, 0], "no place for it"),
-    ("D2", DOWN, lambda t: t.transpose(1, 2).contiguous(), r"is \(48, 32\), .* has \(32, 48\)"),
+    (
+        "D2",
+        DOWN,
+        lambda t: t.transpose(1, 2).contiguous(),
+        r"has shape \(48, 32\); .* has \(32, 48\)",
+    ),
     ("D2", DOWN, torch.Tensor.char, "not a plain tensor of floats .torch.int8"),
 ]
 
