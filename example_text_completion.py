@@ -1,7 +1,6 @@
 """Completes the prompts below with a Mixtral checkpoint: edit them, or pass --prompt."""
 
 import sys
-from collections.abc import Iterable
 
 import mixtral
 from mixtral import cli
@@ -53,45 +52,26 @@ def main(
     num_gpus: spread the experts over this many GPUs; 0 runs on the CPU
     prompt: complete this text instead of the script's prompts; - reads standard input
     stream: complete one prompt after the other and print the text as it comes
-    chat: an Instruct model answers the prompt, or what you type; raise max_seq_len for it
+    chat: an Instruct model answers the prompt, or what you type; raise max_seq_len and max_gen_len
     cpu_layers: keep the experts of the last N layers in host memory
     int8: keep the experts in 8 bits
     dtype: compute in bfloat16, float16 (for GPUs without bfloat16) or float32
     seed: the same number draws the same tokens
-    experts: show which expert each token had
+    experts: show which expert processed each token
     experts_svg: draw the same as a picture, in this file; needs --prompt
     """
     cli.check_options(max_gen_len, dtype, prompt, chat, experts_svg)
     prompts = cli.read_prompts(prompt, chat, PROMPTS)
     sampling = cli.Sampling(temperature, top_p, max_gen_len)
-    cache_size = cli.CacheSize(max_seq_len, max_batch_size)
-    tokens = cli.check_prompts(tokenizer_path, prompts, chat, stream, cache_size, sampling)
+    size = cli.cache_size(max_seq_len, prompts, one_by_one=chat or stream)
+    tokens = cli.check_prompts(tokenizer_path, prompts, chat, size, max_batch_size, sampling)
     generator = mixtral.Mixtral.build(
-        ckpt_dir, tokenizer_path, *cache_size, num_gpus, seed, cli.dtype_of(dtype), cpu_layers, int8
+        ckpt_dir, tokenizer_path, *size, num_gpus, seed, cli.dtype_of(dtype), cpu_layers, int8
     )
     if chat:
         cli.hold_conversation(generator, prompts, sampling, experts)
     else:
-        complete(generator, prompts, tokens, stream, sampling, experts, experts_svg)
-
-
-def complete(
-    generator: "mixtral.Mixtral",
-    prompts: list[str],
-    tokens: list[list[int]],
-    stream: bool,
-    sampling: cli.Sampling,
-    experts: bool,
-    experts_svg: str | None,
-) -> None:
-    """Print each prompt and its completion; if stream, as it comes."""
-    completions: Iterable[Iterable[int]]
-    if stream:
-        completions = [generator.stream_tokens(each, *sampling) for each in tokens]
-    else:
-        completions, _ = generator.generate(tokens, **sampling._asdict())
-    for prompt, before, completion in zip(prompts, tokens, completions):
-        cli.show(generator, prompt, before, completion, experts, experts_svg)
+        cli.complete(generator, prompts, tokens, stream, sampling, experts, experts_svg)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,8 @@ class StderrHandler(logging.Handler):
             sys.stderr.flush()
 
 
+# Python itself would show only warnings, and without their prefix. Whoever configures the root
+# logger would see each line twice, if it also went on to there.
 logger = logging.getLogger(__name__)
 logger.addHandler(StderrHandler())
 logger.setLevel(logging.INFO)

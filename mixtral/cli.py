@@ -39,10 +39,10 @@ class Sampling(NamedTuple):
 
 
 class CacheSize(NamedTuple):
-    """How many tokens and prompts there is room for: the third and fourth of Mixtral.build."""
+    """The tokens in a row of the cache, and its rows: the third and fourth parameters of build."""
 
     max_seq_len: int
-    max_batch_size: int
+    rows: int
 
 
 # The command line
@@ -54,15 +54,10 @@ def run(main: Callable[..., None], argv: list[str]) -> int:
     An error becomes one line on stderr.
     """
     replace_closed_outputs()
-    # What cannot be decoded is marked, as it is in argv, and the tokenizer refuses it. What
-    # cannot be encoded is printed as an escape. In a notebook the streams are of other types.
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    set_encodings()
     code = 0
     try:
-        if "-h" in argv or "--help" in argv:
+        if wants_help(argv, options_of(main)):
             print_help(main)
         else:
             call(main, argv)
@@ -80,7 +75,7 @@ def run(main: Callable[..., None], argv: list[str]) -> int:
 
 
 def call(main: Callable[..., None], argv: list[str]) -> None:
-    """Let fire call main, with nothing left that it would have to guess."""
+    """Let fire call main, leaving it nothing to guess."""
     options = options_of(main)
     arguments = join_values(argv, options)
     import fire  # takes 0.2 s, too long for --help
@@ -107,6 +102,25 @@ def print_help(main: Callable[..., None]) -> None:
         print(f"  {option:<17} {options[name].default!s:<9} {text}")
 
 
+def wants_help(argv: list[str], options: Options) -> bool:
+    """Whether -h or --help stands where an option can. After --prompt, -h is a text."""
+    for before, argument in zip(["", *argv], argv):
+        if argument == "--help" or (argument == "-h" and not takes_next(before, options)):
+            return True
+    return False
+
+
+def takes_next(argument: str, options: Options) -> bool:
+    """Whether it is an option whose value is the argument after it."""
+    option = options.get(name_of(argument))
+    return argument.startswith("--") and option is not None and option.annotation is not bool
+
+
+def name_of(option: str) -> str:
+    """The parameter that is set by an option, as max_seq_len is by --max-seq-len."""
+    return option.removeprefix("--").replace("-", "_")
+
+
 def join_values(argv: list[str], options: Options) -> list[str]:
     """The same arguments, but each option as --name=value, which fire cannot misread.
 
@@ -122,7 +136,7 @@ def join_values(argv: list[str], options: Options) -> list[str]:
             paths.append(argument)
             continue
         option, equals, value = argument.partition("=")
-        name = option.removeprefix("--").replace("-", "_")
+        name = name_of(option)
         if name not in options:
             raise ValueError(f"there is no option {option}: --help lists them all")
         if name in values:
@@ -136,10 +150,11 @@ def join_values(argv: list[str], options: Options) -> list[str]:
         else:
             raise ValueError(f"{option} needs a value: write {option}=VALUE")
     named = [values[name] for name in ("ckpt_dir", "tokenizer_path") if name in values]
-    if len(paths + named) != 2 or "" in paths + named:
+    given = named + paths
+    if len(given) != 2 or "" in given:
         raise ValueError(
             "give two paths, the checkpoint's folder and its tokenizer.model, "
-            f"not {' '.join(paths) or 'none'}"
+            f"not {' '.join(given) or 'none'}"
         )
     return paths + [f"--{name}={value}" for name, value in values.items()]
 
@@ -177,6 +192,19 @@ def replace_closed_outputs() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - likewise
 
 
+def set_encodings() -> None:
+    """Read and print any text.
+
+    What cannot be decoded is marked, as it is in argv, and the tokenizer refuses it. What cannot
+    be encoded is printed as an escape. In a notebook the streams are of other types.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        # With newline=None, Windows' line ends become "\n".
+        sys.stdin.reconfigure(errors="surrogateescape", newline=None)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def flush_outputs() -> None:
     for output in (sys.stdout, sys.stderr):
         try:
@@ -203,7 +231,7 @@ def check_options(
     if max_gen_len < 1:
         raise ValueError(f"max_gen_len must be at least 1, not {max_gen_len}")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype must be bfloat16, float16 or float32, not {dtype!r:.60}")
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r:.60}")
     if sys.stdin is None and (prompt == "-" or (chat and prompt is None)):
         raise ValueError("standard input is closed: give --prompt TEXT")
     if experts_svg is not None:
@@ -220,20 +248,27 @@ def check_picture(path: str, prompt: str | None, chat: bool) -> None:
         raise ValueError("experts_svg draws a completion, not a conversation: leave out chat")
     if prompt is None:
         raise ValueError("experts_svg draws a single text: give --prompt")
-    with open(path, "a"):
-        pass  # It can be written: known now, not after minutes of work.
+    # That it can be written is asked now, not after minutes of work, and nothing is created yet.
+    if not os.path.lexists(path):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(f"experts_svg: no file can be made in {folder}")
+    elif not os.path.isfile(path) or not os.access(path, os.W_OK):
+        raise ValueError(f"experts_svg: {path} cannot be written, or is not a file")
 
 
 def read_prompts(prompt: str | None, chat: bool, default: list[str]) -> list[str]:
     """The texts to complete or to answer: none if a conversation asks for them later.
 
     The prompt "-" is what standard input has, without the newline that ends its last line.
+    Raises ValueError if it is to be answered and blank.
     """
+    if prompt is None:
+        return [] if chat else default
     if prompt == "-":
-        return [sys.stdin.read().removesuffix("\n")]
-    if prompt is not None:
-        return [prompt]
-    return [] if chat else default
+        prompt = sys.stdin.read().removesuffix("\n")
+    if chat and not prompt.strip():
+        raise ValueError("there is no question to answer: the prompt is blank")
+    return [prompt]
 
 
 def dtype_of(name: str) -> "torch.dtype":
@@ -242,37 +277,61 @@ def dtype_of(name: str) -> "torch.dtype":
     return getattr(torch, name)
 
 
+def cache_size(max_seq_len: int, prompts: list[str], one_by_one: bool) -> CacheSize:
+    """Only prompts that are completed together need a row each."""
+    rows = 1 if one_by_one or not prompts else len(prompts)
+    return CacheSize(max_seq_len, rows)
+
+
 def check_prompts(
     tokenizer_path: str,
     prompts: list[str],
     chat: bool,
-    one_by_one: bool,
-    cache_size: CacheSize,
+    size: CacheSize,
+    max_batch_size: int,
     sampling: Sampling,
 ) -> list[list[int]]:
     """The tokens of each prompt.
 
     Raises FileNotFoundError or ValueError if they cannot be completed with these options.
-    What is likely to disappoint is logged as a warning.
+    What is legal but probably not wanted is logged as a warning.
     """
-    from . import ModelArgs, Tokenizer
-    from .generation import check_request
+    from . import Tokenizer
 
     tokenizer = Tokenizer(tokenizer_path)
-    if chat:
-        tokens = [tokenizer.encode_dialog([user(prompt)]) for prompt in prompts]
-    else:
-        tokens = [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
-    # Of a model's sizes only these three matter to a request.
-    args = ModelArgs(vocab_size=tokenizer.n_words, **cache_size._asdict())
-    requests = [[each] for each in tokens] if one_by_one and tokens else [tokens]
-    for request in requests:
-        check_request(request, args, *sampling)
+    tokens = encode_prompts(tokenizer, prompts, chat)
+    check_fits(tokens, tokenizer.n_words, size, max_batch_size, sampling)
     if not chat:
         warn_of_chat_formats(tokenizer, prompts)
     if tokens:
-        warn_of_cuts(max(map(len, tokens)), cache_size.max_seq_len, sampling.max_gen_len)
+        warn_of_cuts(max(map(len, tokens)), size.max_seq_len, sampling.max_gen_len)
     return tokens
+
+
+def encode_prompts(tokenizer: "Tokenizer", prompts: list[str], chat: bool) -> list[list[int]]:
+    if chat:
+        return [tokenizer.encode_dialog([user(prompt)]) for prompt in prompts]
+    return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+
+
+def check_fits(
+    tokens: list[list[int]],
+    n_words: int,
+    size: CacheSize,
+    max_batch_size: int,
+    sampling: Sampling,
+) -> None:
+    """Raise ValueError unless the prompts fit into the cache and the options make sense."""
+    from . import ModelArgs
+    from .generation import check_request
+
+    # The other sizes of a model do not matter to a request.
+    args = ModelArgs(
+        vocab_size=n_words, max_seq_len=size.max_seq_len, max_batch_size=max_batch_size
+    )
+    check_request([], args, *sampling)  # Before a conversation there are no prompts to check.
+    for start in range(0, len(tokens), size.rows):
+        check_request(tokens[start : start + size.rows], args, *sampling)
 
 
 def user(text: str) -> "Message":
@@ -290,10 +349,10 @@ def warn_of_cuts(longest: int, max_seq_len: int, max_gen_len: int) -> None:
     needed = longest + max_gen_len
     if needed > max_seq_len:
         logger.warning(
-            "max_seq_len %d leaves room for %d of max_gen_len %d new tokens: %d would hold all",
-            max_seq_len,
+            "only %d of the %d new tokens fit into max_seq_len %d: %d would hold all",
             max_seq_len - longest,
             max_gen_len,
+            max_seq_len,
             needed,
         )
 
@@ -301,7 +360,26 @@ def warn_of_cuts(longest: int, max_seq_len: int, max_gen_len: int) -> None:
 # What is printed
 
 
-def show(
+def complete(
+    generator: "Mixtral",
+    prompts: list[str],
+    tokens: list[list[int]],
+    stream: bool,
+    sampling: Sampling,
+    experts: bool,
+    experts_svg: str | None,
+) -> None:
+    """Print each prompt and its completion; if stream, as it comes."""
+    completions: Iterable[Iterable[int]]
+    if stream:
+        completions = [generator.stream_tokens(each, *sampling) for each in tokens]
+    else:
+        completions, _ = generator.generate(tokens, **sampling._asdict())
+    for prompt, before, completion in zip(prompts, tokens, completions):
+        print_completion(generator, prompt, before, completion, experts, experts_svg)
+
+
+def print_completion(
     generator: "Mixtral",
     prompt: str,
     tokens: list[int],
@@ -333,7 +411,7 @@ def print_text(tokenizer: "Tokenizer", tokens: Iterable[int], printed: list[int]
 def show_experts(
     generator: "Mixtral", tokens: list[int], experts: bool, experts_svg: str | None
 ) -> None:
-    """Print and draw which experts the tokens had."""
+    """Print and draw which experts processed the tokens."""
     from . import routing
 
     chosen, _ = routing.route(generator.model, tokens)
@@ -354,7 +432,8 @@ def hold_conversation(
 ) -> None:
     """Answer the prompt or, without one, each line of standard input until that ends.
 
-    At a terminal Ctrl-C ends an answer. Raises ValueError at the end of max_seq_len.
+    At a terminal Ctrl-C ends an answer. Raises ValueError at the end of max_seq_len, and if
+    standard input is not a terminal and has no question.
     """
     conversation = Conversation(generator, sampling, experts)
     if prompts:
@@ -368,11 +447,15 @@ def hold_conversation(
             if not at_terminal:
                 raise
             print()
-        conversation.check_room()
+        conversation.check_room(conversation.length)
+    if not at_terminal and not conversation.dialog:
+        raise ValueError("there is no question to answer: standard input is blank")
 
 
 def ask() -> Iterator[str]:
     """What a person types at the terminal, until Ctrl-D."""
+    from .tokenizer import check_text
+
     with suppress(ImportError):
         import readline  # noqa: F401 - input() edits long lines with it, where there is one
     while True:
@@ -381,6 +464,11 @@ def ask() -> Iterator[str]:
         except EOFError:
             print()
             return
+        try:
+            check_text(text)
+        except ValueError as error:  # A wrong key does not end a conversation.
+            say(f"error: {error}")
+            continue
         if text.strip():
             yield text
 
@@ -403,31 +491,48 @@ class Conversation:
         self.experts = experts
         self.dialog: list[Message] = []
         self.length = 0  # tokens
+        self.has_warned = False
 
     def answer(self, text: str) -> None:
         """Print the answer to a user's message.
 
-        If it is interrupted, what has come of the answer stays in the dialog.
+        If it is interrupted, what has come of the answer stays in the dialog. If nothing has, the
+        message does not stay either.
         """
         tokenizer = self.generator.tokenizer
-        self.dialog.append(user(text))
-        tokens = tokenizer.encode_dialog(self.dialog)
-        self.length = len(tokens)
-        self.check_room()
+        question = user(text)
+        tokens = tokenizer.encode_dialog([*self.dialog, question])
+        self.check_room(len(tokens))
         new: list[int] = []
         try:
             print_text(tokenizer, self.generator.stream_tokens(tokens, *self.sampling), new)
-        finally:
-            self.dialog.append({"role": "assistant", "content": tokenizer.decode(new)})
-            self.length += len(new)
+        except KeyboardInterrupt:
+            if new:
+                self.remember(question, tokens, new)
+            raise
+        self.remember(question, tokens, new)
         if self.experts:
             show_experts(self.generator, tokens + new, experts=True, experts_svg=None)
         print(flush=True)
+        self.warn_of_cut(len(new))
 
-    def check_room(self) -> None:
+    def remember(self, question: "Message", tokens: list[int], new: list[int]) -> None:
+        """Add to the dialog a question, with which tokens end, and new, its answer."""
+        answer = self.generator.tokenizer.decode(new)
+        self.dialog += [question, {"role": "assistant", "content": answer}]
+        self.length = len(tokens) + len(new)
+
+    def warn_of_cut(self, n_new: int) -> None:
+        """Say once that answers stop at max_gen_len."""
+        max_gen_len = self.sampling.max_gen_len
+        if n_new == max_gen_len and not self.has_warned:
+            self.has_warned = True
+            logger.warning("the answer stops at max_gen_len %d: raise it to see all", max_gen_len)
+
+    def check_room(self, length: int) -> None:
         max_seq_len = self.generator.model.params.max_seq_len
-        if self.length >= max_seq_len:
+        if length >= max_seq_len:
             raise ValueError(
-                f"max_seq_len is {max_seq_len}, and the conversation has {self.length} tokens: "
+                f"max_seq_len is {max_seq_len}, and the conversation has {length} tokens: "
                 "raise max_seq_len to go on"
             )

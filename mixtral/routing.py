@@ -15,25 +15,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model import MoE, Span, Transformer
+from .generation import check_request, passes, prefill_tokens
+from .model import MoE, Transformer
 from .tokenizer import Tokenizer
-
-# A text is read in passes of this many tokens, which bounds the memory for activations.
-PASS_TOKENS = 512
 
 
 def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
     """The experts of each token, best first, and their weights: both (n_layers, T, top_k).
 
-    Overwrites row 0 of the cache.
+    Overwrites row 0 of the cache. Raises ValueError for tokens that do not fit into it, for none
+    and for ids that are not in the vocabulary.
     """
-    with gate_logits(model) as logits:
-        start = 0
-        for part in torch.tensor(tokens).split(PASS_TOKENS):
-            model.forward_packed(part, [Span(0, start, len(part))], last_only=True)
-            start += len(part)
-    by_layer = torch.stack([torch.cat(parts) for parts in logits])  # (n_layers, T, num_experts)
-    weights, chosen = by_layer.float().topk(model.params.num_experts_per_tok)
+    check_request([tokens], model.params)
+    with gate_logits(model) as passes_of_layers:
+        for (span,) in passes([tokens], prefill_tokens(model.device)):
+            part = tokens[span.start : span.start + span.length]
+            model.forward_packed(torch.tensor(part), [span], last_only=True)
+    layers = [torch.cat(passes_of_layer) for passes_of_layer in passes_of_layers]
+    logits = torch.stack(layers).float()  # (n_layers, T, num_experts)
+    weights, chosen = logits.topk(model.params.num_experts_per_tok)
     return chosen.cpu(), weights.softmax(dim=-1).cpu()
 
 
@@ -44,14 +44,14 @@ def gate_logits(model: Transformer) -> Iterator[list[list[Tensor]]]:
     There is a list for each layer, and a tensor (T, num_experts) in it for each pass.
     """
     gates = [module.gate for module in model.modules() if isinstance(module, MoE)]
-    logits: list[list[Tensor]] = [[] for _ in gates]
+    passes_of_layers: list[list[Tensor]] = [[] for _ in gates]
     hooks = []
     decoder = model.decoder
     model.decoder = None  # It replays recorded steps, in which hooks do not run.
     try:
-        for gate, passes in zip(gates, logits):
-            hooks.append(gate.register_forward_hook(append_output(passes)))
-        yield logits
+        for gate, passes_of_layer in zip(gates, passes_of_layers):
+            hooks.append(gate.register_forward_hook(append_output(passes_of_layer)))
+        yield passes_of_layers
     finally:
         model.decoder = decoder
         for hook in hooks:
@@ -68,15 +68,17 @@ def append_output(outputs: list[Tensor]) -> Callable[[nn.Module, tuple, Tensor],
 
 
 def split(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """decode(tokens) in one piece for each token.
+    """Cut decode(tokens) into one string per token.
 
     If several tokens spell one character, the first of them has it, and the others have "".
     """
     pieces: list[str] = []
-    # Decoded alone, a token would lose its leading space: so it follows the one before it.
+    # Decoded alone a token loses its leading space: decode it after the one before.
     before: list[int] = []
-    while len(pieces) < len(tokens):
-        unit = first_unit(tokenizer, tokens[len(pieces) :])
+    start = 0
+    while start < len(tokens):
+        unit = first_unit(tokenizer, tokens[start : start + 4])
+        start += len(unit)
         text = tokenizer.decode(before + unit)
         pieces.append(text[len(tokenizer.decode(before)) :])
         pieces += [""] * (len(unit) - 1)
@@ -86,7 +88,7 @@ def split(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
 
 
 def first_unit(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """The tokens that spell the first character, if they are its bytes, or one token."""
+    """The first token, or all that spell the first character if they are its bytes."""
     if tokenizer.is_byte(tokens[0]):
         for length in (4, 3, 2):
             unit = tokens[:length]
@@ -133,27 +135,38 @@ def cells(
     pieces: list[str], chosen: Tensor, n_experts: int, numbers: bool = False
 ) -> Iterator[Cell]:
     """What is shown of the first and the last layer; if numbers, each expert's number too."""
+    # More experts than colours: two share one.
+    numbered = numbers or n_experts > len(COLOURS)
     for layer in sorted({0, len(chosen) - 1}):
         experts = chosen[layer, :, 0]  # (T,)
-        same = experts.diff().eq(0).sum().item() / max(len(experts) - 1, 1)
-        title = f"Layer {layer}: {same:.1%} of neighbours share their first expert"
-        yield Cell(f"{title} ({1 / n_experts:.1%} by chance)", None)
-        yield LINE_END
-        yield Cell("Share of tokens: ", None)
-        for expert, count in enumerate(experts.bincount(minlength=n_experts).tolist()):
-            yield Cell(f" {expert}: {count / len(experts):.0%} ", expert)
-        yield LINE_END
-        for piece, expert in zip(pieces, experts.tolist()):
-            # Only so many colours can be told apart.
-            number = f"[{expert}]" if numbers or n_experts > len(COLOURS) else ""
-            *ended, rest = UNSAFE.sub("\ufffd", piece).split("\n")
-            for text in ended:
-                yield Cell(f"{text}↵{number}", expert)
-                yield LINE_END
-            if rest:
-                yield Cell(f"{rest}{number}", expert)
+        yield from header_cells(layer, experts, n_experts)
+        yield from text_cells(pieces, experts.tolist(), numbered)
         yield LINE_END
         yield LINE_END
+
+
+def header_cells(layer: int, experts: Tensor, n_experts: int) -> Iterator[Cell]:
+    """A layer's figures: two lines, given the first expert (T,) of each token."""
+    same = experts.diff().eq(0).sum().item() / max(len(experts) - 1, 1)
+    title = f"Layer {layer}: {same:.1%} of neighbours share their first expert"
+    yield Cell(f"{title} ({1 / n_experts:.1%} by chance)", None)
+    yield LINE_END
+    yield Cell("Share of tokens: ", None)
+    for expert, count in enumerate(experts.bincount(minlength=n_experts).tolist()):
+        yield Cell(f" {expert}: {count / len(experts):.0%} ", expert)
+    yield LINE_END
+
+
+def text_cells(pieces: list[str], experts: list[int], numbered: bool) -> Iterator[Cell]:
+    """Each piece with its expert. A piece is cut where it has a newline, which is shown as ↵."""
+    for piece, expert in zip(pieces, experts):
+        number = f"[{expert}]" if numbered else ""
+        *ended, rest = UNSAFE.sub("\ufffd", piece).split("\n")
+        for text in ended:
+            yield Cell(f"{text}↵{number}", expert)
+            yield LINE_END
+        if rest:
+            yield Cell(f"{rest}{number}", expert)
 
 
 def show(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
@@ -169,10 +182,15 @@ def show(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
     return shown
 
 
+# In pixels. y is a line's baseline, on which its letters stand.
 WIDTH = 830
 MARGIN = 16
+BASELINE = 11  # of the first line, below the margin
 LINE_HEIGHT = 21
+BOX_HEIGHT = 20
+BOX_ASCENT = 15  # the part of a box above the baseline
 CHARACTER_WIDTH = 8.4
+BREAK_ZONE = 90  # at a line's end
 
 
 def svg(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
@@ -180,24 +198,20 @@ def svg(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
     boxes = ""
     texts = ""
     x = float(MARGIN)
-    y = MARGIN + 11  # the baseline of the first line
+    y = MARGIN + BASELINE
     for text, expert in cells(pieces, chosen, n_experts):
-        if text == "\n":
+        if text == "\n" or is_wrapped(text, x):
             x = float(MARGIN)
             y += LINE_HEIGHT
+        if text == "\n":
             continue
         width = CHARACTER_WIDTH * len(text)
-        is_full = x + width > WIDTH - MARGIN / 2
-        # Near the end, a line is left at a word's beginning, so that words stay whole.
-        if is_full or (x > WIDTH - 90 and text.startswith(" ")):
-            x = float(MARGIN)
-            y += LINE_HEIGHT
         ink = "#000"
         if expert is not None:
             colour = COLOURS[expert % len(COLOURS)]
             ink = colour.ink
-            boxes += f'<rect x="{x:.1f}" y="{y - 15}" width="{width - 1:.1f}" height="20"'
-            boxes += f' fill="{colour.rgb}"/>\n'
+            boxes += f'<rect x="{x:.1f}" y="{y - BOX_ASCENT}"'
+            boxes += f' width="{width - 1:.1f}" height="{BOX_HEIGHT}" fill="{colour.rgb}"/>\n'
         # A line break between two tspans would be drawn as a space: so it is inside the tag.
         texts += f'<tspan\nx="{x:.1f}" y="{y}" textLength="{width:.1f}" fill="{ink}">'
         texts += f"{escape(text)}</tspan>"
@@ -211,3 +225,10 @@ def svg(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
         f'<text font-family="monospace" font-size="14" xml:space="preserve">{texts}</text>\n'
         f"</svg>\n"
     )
+
+
+def is_wrapped(text: str, x: float) -> bool:
+    """Whether text that would begin at x begins the next line instead."""
+    if x > WIDTH - BREAK_ZONE and text.startswith(" "):
+        return True  # A word begins, which might not end on this line.
+    return x + CHARACTER_WIDTH * len(text) > WIDTH - MARGIN / 2

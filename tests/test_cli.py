@@ -3,6 +3,7 @@
 import functools
 import inspect
 import io
+import os
 import re
 import runpy
 import shutil
@@ -47,7 +48,7 @@ DASHES = ["--text", "--", "-h", "--help", "--stream", "--prompt=a"]
 
 @pytest.mark.parametrize(
     "prompt, args",
-    [(text, ["--prompt", text]) for text in PLAIN]
+    [(text, ["--prompt", text]) for text in [*PLAIN, "-h"]]
     + [(text, [f"--prompt={text}"]) for text in PLAIN + DASHES],
 )
 def test_prompt_is_taken_literally(run, checkpoint, prompt, args):
@@ -80,6 +81,9 @@ def test_prompt_from_standard_input(run, checkpoint, monkeypatch):
         assert run(*args, *typed).out == want.out
     monkeypatch.setattr(sys, "stdin", io.StringIO("é " * 2**17))
     assert_refused(run(*args, "--prompt", "-"), r"\b\d{6} tokens", "max.seq.len")
+    windows = io.TextIOWrapper(io.BytesIO(b"two\r\nlines \r\n"), newline="\n")
+    monkeypatch.setattr(sys, "stdin", windows)
+    assert run(*args, "--prompt", "-").out == want.out
     for chat in ("--chat", "--chat=False"):
         latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
         monkeypatch.setattr(sys, "stdin", latin)
@@ -137,6 +141,22 @@ def test_arguments_of_build(run, checkpoint, monkeypatch):
     assert given == [dict(zip(("ckpt_dir", "tokenizer_path"), paths)) | sizes | kinds]
 
 
+@pytest.mark.parametrize(
+    "args, rows",
+    [("", 4), ("--prompt a", 1), ("--stream", 1), ("--chat --prompt a", 1), ("--chat", 1)],
+)
+def test_rows_of_the_cache(run, checkpoint, monkeypatch, args, rows):
+    """As many as prompts are completed together: a row of 32,768 tokens of 8x7B takes 4.3 GB."""
+
+    def build(ckpt_dir, tokenizer_path, max_seq_len, max_batch_size, *args):
+        raise ValueError(f"{max_batch_size} rows")
+
+    monkeypatch.setattr(Mixtral, "build", build)
+    args = ("--max-batch-size", "9", *args.split(), *CPU)
+    outcome = run(checkpoint, checkpoint / "tokenizer.model", *args)
+    assert_refused(outcome, f"error: {rows} rows")
+
+
 def test_quick_answers_import_no_pytorch(script):
     """Importing it takes seconds, and fire a fraction of one."""
     code = """if True:
@@ -168,7 +188,8 @@ def test_file_names_that_are_not_utf8(run, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", ["-h", "--help", "a b c --help", "--prompt -h", "--no --help", "-- -h"]
+    "args",
+    ["-h", "--help", "a b --stream -h", "--prompt --help", "--no --help", "-- -h", "prompt -h"],
 )
 def test_help(run, options, args):
     code, out, err = run(*args.split())
@@ -201,9 +222,9 @@ COMMANDS = {
     "one two three": "two paths.*one two three$",
     "one two --prompt In 0.5": "two paths.*one two 0.5$",
     "one two --stream True": "two paths.*one two True$",
-    "one two --ckpt-dir three": "two paths",
+    "one two --ckpt-dir three": "two paths.*three one two$",
     "one": "two paths.*one$",
-    "--tokenizer-path two": "two paths",
+    "--tokenizer-path two": "two paths.*not two$",
     "": "two paths",
     "one two --prompt a --prompt=b": "--prompt is given twice",
     "one two --top-p=1 --top_p 1": "--top_p is given twice",
@@ -218,7 +239,7 @@ COMMANDS = {
     "one two --prompt a --experts-svg absent/three.svg": "experts_svg .*'absent/three.svg'",
     "one two --experts-svg three.svg": "experts_svg draws a single text.*--prompt",
     "one two --chat --prompt a --experts-svg three.svg": "experts_svg.*chat",
-    "one two --dtype int8": "dtype must be bfloat16, float16 or float32, not 'int8'",
+    "one two --dtype int8": "dtype must be one of bfloat16, float16, float32, not 'int8'",
     "one two --dtype=": "dtype must be",
     "one two --chat=yes": "chat must be True or False",
     "one --tokenizer-path=": "two paths",
@@ -287,9 +308,21 @@ def test_a_picture_that_cannot_be_written(run, checkpoint, monkeypatch, tmp_path
     """It is noticed before loading."""
     monkeypatch.setattr(Mixtral, "build", None)
     (tmp_path / "folder.svg").mkdir()
-    args = ("--prompt", "Hi", "--experts-svg", tmp_path / "folder.svg", *CPU)
-    outcome = run(checkpoint, checkpoint / "tokenizer.model", *args)
-    assert_refused(outcome, "folder.svg")
+    os.mkfifo(tmp_path / "pipe.svg")  # opening it would wait for a reader
+    (tmp_path / "locked.svg").touch()
+    locked = (str(tmp_path), str(tmp_path / "locked.svg"))  # To root they would be open.
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in locked)
+    for name in ("folder.svg", "pipe.svg", "locked.svg", "new.svg"):
+        args = ("--prompt", "Hi", "--experts-svg", tmp_path / name, *CPU)
+        outcome = run(checkpoint, checkpoint / "tokenizer.model", *args)
+        assert_refused(outcome, name if name != "new.svg" else re.escape(str(tmp_path)))
+
+
+def test_a_refused_run_leaves_no_picture(run, unread, tmp_path):
+    picture = tmp_path / "new.svg"
+    args = ("--prompt", "Hi", "--experts-svg", picture, *CPU)
+    assert_refused(run(unread, unread / "tokenizer.model", *args), "consolidated")
+    assert not picture.exists()
 
 
 # What is said before it starts
@@ -308,7 +341,7 @@ def test_a_completion_that_max_seq_len_cuts(run, checkpoint, v1, chat, spare, sa
     paths = checkpoint, checkpoint / "tokenizer.model"
     code, out, err = run(*paths, *args, "--max-seq-len", enough + spare)
     assert code == (1 if chat and spare == -9 else 0)
-    warnings = [line for line in err.splitlines() if line.startswith("warning: ")]
+    warnings = re.findall("^warning: only .*", err, flags=re.MULTILINE)
     assert len(warnings) == (1 if spare else 0)
     for warning in warnings:
         assert re.search(rf"max_seq_len {enough + spare}\b.*\b{enough} would", warning)
@@ -334,4 +367,4 @@ def test_a_chat_prompt_in_letters(run, checkpoint, monkeypatch):
     args = (checkpoint, checkpoint / "tokenizer.model", "--max-gen-len", "2", *CPU)
     assert "warning: use --chat for 100%\n" in run(*args, "--prompt", "[INST] Hi [/INST]").err
     assert "warning" not in run(*args, "--prompt", "Hi").err
-    assert "warning" not in run(*args, "--prompt", "Hi", "--chat").err
+    assert "--chat" not in run(*args, "--prompt", "[INST]", "--chat").err

@@ -90,7 +90,29 @@ def test_answer_to_a_prompt(run, paths):
     (answer,) = answers(paths, ["Bonjour"])
     outcome = run(*paths, "--chat", "--prompt", "Bonjour", *LONG)
     assert outcome[:2] == (0, f"{answer}\n")
-    assert "warning" not in outcome.err
+    assert "only" not in outcome.err
+
+
+def test_an_answer_that_max_gen_len_cuts(run, checkpoint, monkeypatch):
+    """It is said once. An answer that ends by itself is not cut."""
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    monkeypatch.setattr(sys, "stdin", Terminal("Bonjour\nWho?\n"))
+    assert run(*paths, "--chat", *LONG).err.count("warning: the answer stops at max_gen_len 6") == 1
+    monkeypatch.setattr(Mixtral, "stream_tokens", lambda *args: iter([1000] * 5))
+    monkeypatch.setattr(sys, "stdin", Terminal("Bonjour\n"))
+    assert "warning" not in run(*paths, "--chat", *LONG).err
+
+
+def test_no_question(run, unread, checkpoint, monkeypatch):
+    """Not a success without a word; a blank prompt is refused before loading."""
+    for typed in ("--prompt=", "--prompt=  ", "--prompt=-"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+        outcome = run(unread, unread / "tokenizer.model", "--chat", typed, *LONG)
+        assert_refused(outcome, "no question")
+    for lines in ("", "\n  \n"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        code, out, err = run(checkpoint, checkpoint / "tokenizer.model", "--chat", *LONG)
+        assert (code, out) == (1, "") and "\nerror: there is no question" in err
 
 
 @pytest.mark.parametrize("options", [(), ("--stream",)])
@@ -110,6 +132,16 @@ def test_at_a_terminal(run, paths, monkeypatch):
     outcome = run(*paths, "--chat", *LONG)
     said = [f"> {answer}\n" for answer in answers(paths, QUESTIONS)]
     assert outcome[:2] == (0, "".join([*said[:2], "> > ", *said[2:], "> \n"]))
+
+
+def test_a_line_that_is_not_unicode(run, checkpoint, monkeypatch):
+    """One wrong key: the line is asked again, and the conversation goes on."""
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    monkeypatch.setattr(sys, "stdin", Terminal("caf\udce9\nBonjour\n"))
+    code, out, err = run(*paths, "--chat", *LONG)
+    (answer,) = answers(paths, ["Bonjour"])
+    assert (code, out) == (0, f"> > {answer}\n> \n")
+    assert "error: a text must be a string of valid Unicode, not 'caf\\udce9'\n" in err
 
 
 def test_experts_of_each_answer(run, paths, monkeypatch):
@@ -161,6 +193,26 @@ def test_ctrl_c_ends_an_answer(run, paths, monkeypatch):
     assert second == tokenizer.encode_dialog(dialog)
     (new,), _ = generator.generate([second], max_gen_len=6, temperature=0)
     assert out == f"> {part}\n> {tokenizer.decode(new)}\n> "
+
+
+@pytest.mark.parametrize("owner, name", [(Tokenizer, "encode_dialog"), (Mixtral, "stream_tokens")])
+def test_ctrl_c_before_an_answer(run, checkpoint, monkeypatch, owner, name):
+    """Just after Enter or while the prompt is read: as if the question had not been asked."""
+    real = getattr(owner, name)
+    called = []
+
+    def interrupted(*args):
+        called.append(args)
+        if len(called) == 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    paths = checkpoint, checkpoint / "tokenizer.model"
+    (answer,) = answers(paths, ["Who?"])
+    monkeypatch.setattr(owner, name, interrupted)
+    monkeypatch.setattr(sys, "stdin", Terminal("Bonjour\nWho?\n"))
+    code, out, err = run(*paths, "--chat", *LONG)
+    assert (code, out) == (0, f"> \n> {answer}\n> \n"), err
 
 
 @pytest.mark.parametrize("args", [("--prompt", "Bonjour"), ()])

@@ -50,7 +50,7 @@ def check_route(model, tokens: list[int], devices: int, cpu_layers=0, int8=False
 @pytest.mark.parametrize("n_experts, top_k, length", [(8, 2, 22), (4, 3, 14), (16, 1, 1)])
 def test_route(monkeypatch, devices, cpu_layers, int8, n_experts, top_k, length):
     """22 tokens in pieces of 7 leave one for the last."""
-    monkeypatch.setattr(routing, "PASS_TOKENS", 7)
+    monkeypatch.setattr(routing, "prefill_tokens", lambda device: 7)
     moe = {"num_experts": n_experts, "num_experts_per_tok": top_k}
     model = random_transformer(ModelArgs(**SIZES, **moe))
     tokens = torch.randint(50, (length,), generator=torch.Generator().manual_seed(1))
@@ -72,16 +72,25 @@ def test_route_leaves_the_model_as_it_was(monkeypatch):
     model.decoder = decoder = object()
     forward = model.forward_packed
 
-    def watch(*args, **kwargs):
+    def watch(tokens, *args, **kwargs):
         assert model.decoder is None
-        return forward(*args, **kwargs)
+        if tokens.tolist() == [2]:
+            raise RuntimeError("out of memory")
+        return forward(tokens, *args, **kwargs)
 
     monkeypatch.setattr(model, "forward_packed", watch)
     routing.route(model, [1])
-    with pytest.raises(IndexError):
-        routing.route(model, [50])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        routing.route(model, [2])
     assert model.decoder is decoder
     assert not any(layer.feed_forward.gate._forward_hooks for layer in model.layers)
+
+
+@pytest.mark.parametrize("tokens, said", [([], "no tokens"), ([50], "50"), ([1] * 65, "65")])
+def test_tokens_that_cannot_be_routed(tokens, said):
+    model = random_transformer(ModelArgs(**SIZES))
+    with pytest.raises(ValueError, match=said):
+        routing.route(model, tokens)
 
 
 @pytest.fixture(scope="module", params=["v1", "v3", "demo"])
@@ -117,6 +126,22 @@ def test_a_character_belongs_to_its_first_token(tokenizer):
     tokens = [find(tokenizer, each) for each in ["<s>", *"龘é".encode(), 0xE2, "▁"]]
     want = ["", "龘", "", "", "é", "", "\ufffd", " "]
     assert routing.split(tokenizer, tokens) == want
+
+
+def test_split_reads_each_token_a_few_times(tokenizer):
+    """A copy of all that follows, for each token, would take seconds for a long text."""
+
+    class Counted(list):
+        copied = 0
+
+        def __getitem__(self, key):
+            part = super().__getitem__(key)
+            Counted.copied += len(part) if isinstance(key, slice) else 1
+            return part
+
+    tokens = Counted(tokenizer.encode("naïve 🦆 " * 100, bos=True, eos=False))
+    assert "".join(routing.split(tokenizer, tokens)) == tokenizer.decode(list(tokens))
+    assert Counted.copied < 10 * len(tokens)
 
 
 def test_a_token_that_a_fine_tune_added(demo, monkeypatch):
