@@ -193,3 +193,9 @@ def test_a_part_that_hangs_shows_what_it_found(tmp_path, capsys):
     assert gpu.run(part, part.seconds, tmp_path) == 124
     assert (tmp_path / "hangs.txt").read_text() == "begun\ninterrupted\n"
     assert "begun\ninterrupted\n" in capsys.readouterr().out
+
+
+def test_prompts_of_rounds_differ():
+    """A known beginning would not be read again, and that would be measured as speed."""
+    firsts = [contenders.draw_prompts(ModelArgs(), 1, 64, seed)[0][:4] for seed in range(5)]
+    assert len({tuple(first) for first in firsts}) == 5

@@ -56,7 +56,8 @@ def weights_of(model: Transformer) -> dict[str, Tensor]:
 
 
 def draw_prompts(args: ModelArgs, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(length + (seed << 32))
+    # Of a seed, a generator for the CPU uses no more than 32 bits.
+    generator = torch.Generator().manual_seed(1_000_003 * seed + length)
     drawn = torch.randint(3, args.vocab_size, (rows, length), generator=generator)
     return drawn.tolist()
 
