@@ -270,8 +270,9 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
             logits = step(tape, model, inputs, buffers)
     except RuntimeError as error:
         recorder.renew_pools()
-        cause = error.__context__ or error  # the end of a failed recording fails too
-        why = str(cause).partition("\n")[0]
+        # The end of a failed recording may fail too. (A variable for the cause would keep alive
+        # the frames of its traceback, and so the model.)
+        why = str(error.__context__ or error).partition("\n")[0]
         logger.warning("decoding %d rows without CUDA graphs, slower: %s", inputs.shape[1], why)
         return launch
 

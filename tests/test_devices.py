@@ -25,6 +25,7 @@ from helpers.gpus import (
 from helpers.reference import random_transformer
 from helpers.tiny import random_prompts
 from simulated.cuda import simulated_cuda
+from simulated.queues import Graph
 
 from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 from mixtral.checkpoint import load_checkpoint, read_params
@@ -163,9 +164,16 @@ def test_experts_that_cannot_be_dealt_out_equally(n_gpus):
         assert {f"cuda:{i}" for i in range(n_gpus)} == set(sim.replays)
 
 
+def fail(*args, **kwargs):
+    raise RuntimeError("this cannot be recorded")
+
+
 @simulated
-def test_a_deleted_model_leaves_at_once():
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_deleted_model_leaves_at_once(monkeypatch, recorded):
     """A second model fits where the first one was."""
+    if not recorded:
+        monkeypatch.setattr(Graph, "capture_begin", fail)
     gc.collect()
     gc.disable()
     try:
