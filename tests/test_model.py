@@ -140,6 +140,22 @@ def test_bfloat16(top_k):
         assert ours < theirs
 
 
+@pytest.mark.parametrize("amx", [False, True])
+def test_bfloat16_on_any_processor(monkeypatch, amx):
+    """The products that are chosen with AMX and without it are right, for one row and for more."""
+    monkeypatch.setattr("mixtral.model.has_amx", lambda: amx)
+    args = dataclasses.replace(ARGS, dim=64, vocab_size=300, max_seq_len=80)
+    model = random_transformer(args, dtype=torch.bfloat16)
+    ours, _ = bfloat16_errors(model, random_prompts([1, 2, 3], 300))
+    assert ours < 0.01
+    ours, _ = bfloat16_errors(model, random_prompts([70, 9], 300))
+    assert ours < 0.01
+    (prompt,) = random_prompts([20], 300)
+    whole = model.forward(torch.tensor([prompt]))
+    steps = [model.forward(torch.tensor([[token]]), i) for i, token in enumerate(prompt)]
+    assert_same(torch.cat(steps, dim=1), whole, atol=0.1)
+
+
 def load_demo(demo, dtype) -> tuple[Transformer, list[list[int]]]:
     """The trained model, and excerpts of a text that it has not seen."""
     model = Transformer(read_params(demo, 256, 4), dtype=dtype)
