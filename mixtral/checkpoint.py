@@ -145,7 +145,8 @@ class Found(NamedTuple):
 class PublishedSets(NamedTuple):
     """The sets of files that may hold the weights, the preferred ones first.
 
-    Those of one field are equal in rank: if two of them are complete, neither can be chosen.
+    A set is a list of file names. The sets of one field are equal in rank: if two of them are
+    complete, neither can be chosen.
     """
 
     hub_index: list[list[str]]  # one set at most: the one that transformers reads
@@ -228,7 +229,7 @@ def missing_of_preferred(names: set[str], ranks: PublishedSets, chosen: list[str
 
 
 def sets_of_indices(folder: Path, names: set[str], suffix: str) -> list[list[str]]:
-    """The files that each index among these names lists; a damaged index is as good as none."""
+    """The files that each index among these names lists; a damaged index is skipped."""
     sets = []
     for name in sorted(names):
         if name.endswith(suffix):
@@ -424,7 +425,7 @@ class Part(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    tensor: Tensor  # of this shape, or of one that splits its rows in order to permute them
+    tensor: Tensor  # of this shape, or a view with more axes that permutes its rows
 
 
 def match(model: Transformer, folder: Path) -> dict[str, Source]:
@@ -565,15 +566,17 @@ def is_pruned(name: str, tensor: Tensor) -> bool:
 
 
 def has_zero_run(tensor: Tensor) -> bool:
-    """Whether 4 KiB of a tensor, or all of a smaller one, are zero in its file.
+    """Whether 8 KiB of a tensor, or all of a small one, are zero in its file.
 
-    Downloads are written in blocks of that size or more, so a hole is no smaller; a shorter run
-    may be the model's own.
+    Downloads are written in larger blocks, so a hole is no smaller; a shorter run may be the
+    model's own. Runs of 4 KiB are compared, counted from the tensor's beginning.
     """
     flat = tensor.as_strided([tensor.numel()], [1])  # as it lies in the file
     n = min(4096 // tensor.itemsize, len(flat))
     runs = flat[: len(flat) // n * n].view(-1, n)
-    suspects = runs[runs[:, 0] == 0]  # reads a number of every page from the disk
+    suspects = runs[
+        runs[:, 0] == 0
+    ]  # (number of suspects, n); reads a number of every page from the disk
     return bool((suspects == 0).all(dim=1).any())
 
 

@@ -75,7 +75,7 @@ def run(main: Callable[..., None], argv: list[str]) -> int:
 
 
 def call(main: Callable[..., None], argv: list[str]) -> None:
-    """Let fire call main, leaving it nothing to guess."""
+    """Let fire call main, with every value already parsed by name."""
     options = options_of(main)
     arguments = join_values(argv, options)
     import fire  # takes 0.2 s, too long for --help
@@ -248,7 +248,7 @@ def check_picture(path: str, prompt: str | None, chat: bool) -> None:
         raise ValueError("experts_svg draws a completion, not a conversation: leave out chat")
     if prompt is None:
         raise ValueError("experts_svg draws a single text: give --prompt")
-    # That it can be written is asked now, not after minutes of work, and nothing is created yet.
+    # Whether it can be written is checked before minutes of work; nothing is created yet.
     if not os.path.lexists(path):
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ValueError(f"experts_svg: no file can be made in {folder}")

@@ -39,14 +39,16 @@ class Decoder:
         capability = min(map(torch.cuda.get_device_capability, model.devices))
         if capability < (8, 0):
             raise RuntimeError("the kernels need compute capability 8.0")
-        # Up to the first number that holds max_batch_size rows.
+        if model.params.num_experts > 64:  # a program compares each logit with all others
+            raise RuntimeError("the kernels choose among at most 64 experts")
+        # Up to the smallest number that fits max_batch_size.
         numbers = [n for n in RECORDED_ROWS if n < 2 * model.params.max_batch_size]
         self.max_rows = numbers[-1]
         # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever the number
         # of rows, so that Triton compiles a kernel once.
         self.inputs = torch.zeros(3, RECORDED_ROWS[-1], dtype=torch.long, device=model.device)
-        # The model holds its decoder. A weak reference back avoids a circle, so that both leave
-        # memory as soon as they are no longer used.
+        # The model holds its decoder. A weak reference back avoids a reference cycle, so that both
+        # leave memory as soon as they are no longer used.
         weak_model = cast(Transformer, weakref.proxy(model))
         recorder = Recorder(model.devices)
         model.n_passes += 1  # the steps that are run below write to the cache
@@ -156,7 +158,7 @@ def experts_on_host(
 
 
 def mix_on_host(moe: MoE, buffers: "Buffers") -> None:
-    x, logits = buffers.split(buffers.packed[0].cpu())  # the layer's only wait
+    x, logits = buffers.split(buffers.packed[0].cpu())  # the layer's only synchronization
     buffers.parts[0].copy_(moe.mix(x, logits), non_blocking=True)
 
 
@@ -196,20 +198,24 @@ class Buffers:
 
 
 class Launch:
-    """Runs a step as it is written."""
+    """Runs a step as it is written.
+
+    on(i) opens a segment of work on device i, which the next on() or host() closes. Tape, below,
+    records each segment as a CUDA graph.
+    """
 
     def __init__(self, devices: Sequence[torch.device]):
         self.devices = devices
-        self.open = contextlib.ExitStack()
+        self.segment = contextlib.ExitStack()  # what is to be undone at the segment's end
 
     def on(self, i: int) -> None:
         """What follows is work of device i."""
-        self.open.close()
-        self.open.enter_context(torch.cuda.device(self.devices[i]))
+        self.segment.close()
+        self.segment.enter_context(torch.cuda.device(self.devices[i]))
 
     def host(self, function: Callable, *args: object) -> None:
         """The host makes this call: a copy, or experts in its memory."""
-        self.open.close()
+        self.segment.close()
         function(*args)
 
 
@@ -222,16 +228,16 @@ class Tape(Launch):
         self.calls: list[Callable] = []
 
     def on(self, i: int) -> None:
-        self.open.close()  # ends the graph that is being recorded
+        self.segment.close()  # ends the graph that is being recorded
         graph = torch.cuda.CUDAGraph()
-        self.open.enter_context(torch.cuda.stream(self.recorder.streams[i]))
+        self.segment.enter_context(torch.cuda.stream(self.recorder.streams[i]))
         # Other threads may call CUDA meanwhile, which the default mode would not allow.
         graph.capture_begin(self.recorder.pools[i], capture_error_mode="thread_local")
-        self.open.callback(graph.capture_end)
+        self.segment.callback(graph.capture_end)
         self.calls.append(graph.replay)  # on the current stream of its own device
 
     def host(self, function: Callable, *args: object) -> None:
-        self.open.close()
+        self.segment.close()
         self.calls.append(functools.partial(function, *args))
 
 
@@ -257,7 +263,7 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
 
     def launch() -> Tensor:
         run = Launch(recorder.devices)
-        with run.open:
+        with run.segment:
             return step(run, model, inputs, buffers)
 
     launch()  # compiles, which a recording cannot
@@ -266,7 +272,7 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
         torch.cuda.synchronize(device)
     tape = Tape(recorder)
     try:
-        with tape.open:  # whatever happens, no stream stays current
+        with tape.segment:  # whatever happens, no stream stays current
             logits = step(tape, model, inputs, buffers)
     except RuntimeError as error:
         recorder.renew_pools()

@@ -157,6 +157,7 @@ def ways_to_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Pl
         ways.append(with_largest_cache(way, plan.args, free))
     mildest: dict[frozenset[str], Plan] = {}
     for way in ways:
+        # Of ways that change the same options, plans_that_fit yields the mildest first.
         mildest.setdefault(changed_fields(plan, way), way)
     fewest = min((len(changed) for changed in mildest), default=0)
     return [way for changed, way in mildest.items() if len(changed) == fewest]
@@ -175,16 +176,15 @@ def plans_that_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> Iter
     for int8 in int8_or_not:
         for n_devices in range(len(plan.devices), len(visible) + 1):
             way = plan._replace(int8=int8, devices=tuple(visible[:n_devices]))
-            if fits(way, free):
-                yield way
             way = with_nearest_cpu_layers(way, free)
             if fits(way, free):
                 yield way
 
 
 def with_nearest_cpu_layers(plan: Plan, free: dict[str, int]) -> Plan:
-    """The plan with as few more layers in host memory as make the GPUs' part fit, or with as
-    few less as make the host's part fit. If no number of layers does both, it does not fit.
+    """The plan with the number of layers in host memory that fits and is nearest to its own.
+
+    If no number fits, neither does the plan that is returned.
     """
     if plan.devices[0] == "cpu":
         return plan
@@ -196,6 +196,7 @@ def with_nearest_cpu_layers(plan: Plan, free: dict[str, int]) -> Plan:
     def host_suffices(cpu_layers: int) -> bool:
         return needs(plan._replace(cpu_layers=cpu_layers))["cpu"] <= free["cpu"]
 
+    # Trying every number would take too long for a refusal that is to come at once.
     fewest = plan.args.n_layers - largest(plan.args.n_layers, gpus_suffice)
     most = largest(plan.args.n_layers, host_suffices)
     return plan._replace(cpu_layers=min(max(plan.cpu_layers, fewest), most))

@@ -242,7 +242,7 @@ def experts(
     out: Tensor | None = None,
     scales: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The weighted sum (T, dim) of each token's experts, of those of them that are held here.
+    """The weighted sum (T, dim) of each token's experts, counting only those held here.
 
     logits (T, E), with E at most 64, are the gate's for all experts: the top_k of a token choose
     and weigh its experts. w1 and w3 (n, hidden_dim, dim) and w2 (n, dim, hidden_dim) belong to the
@@ -377,7 +377,8 @@ def _attend(
 ):
     """Program (g, s, t) attends with the N_REP query heads of key head g to split s of positions.
 
-    It writes parts[t, heads, s] (D,), the values weighted by the softmax over the split alone, and
+    This is Flash-Decoding: each split has an online softmax, and _merge combines them. A program
+    writes parts[t, heads, s] (D,), the values weighted by the softmax over the split alone, and
     logs[t, heads, s], the logarithm to base 2 of that softmax's sum. The query heads are the rows
     of one tensor-core tile, so that a key is read once for all of them. Programs that start
     together read whole positions, which are N_KV * D numbers in a row. A split beyond the token's
@@ -447,7 +448,7 @@ def _softmax_over(
 
 @triton.jit
 def _positions_per_split(length, splits, BLOCK: constexpr):
-    """How many of length positions each of the splits has, in whole blocks; the last may lack."""
+    """How many of length positions each of the splits has, in blocks; the last may be short."""
     return tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
 
 
@@ -492,7 +493,7 @@ def attention(
     rep_pad = max(16, next_power_of_2(n_rep))
     dim_pad = max(16, next_power_of_2(head_dim))
     # A block is 8 KB of keys and 8 KB of values, and three blocks are on their way: 4 programs fit
-    # on a multiprocessor. There are as many splits as make so many programs.
+    # on a multiprocessor. Splits are chosen to reach that many.
     block = max(16, 8192 // (dim_pad * q.element_size()))
     splits = 4 * _multiprocessors(q.device) // (n_tokens * kv_heads)
     splits = max(1, min(splits, cdiv(max_seq_len, block), MAX_SPLITS.value))

@@ -55,7 +55,7 @@ class ModelArgs:
                     raise ValueError(f"{name} must be a finite number above 0, not {value!r:.40}")
             elif type(value) is not int or not 0 < value < 2**31:
                 raise ValueError(
-                    f"{name} must be a whole number from 1 to 2**31, not {value!r:.40}"
+                    f"{name} must be a whole number, at least 1 and below 2**31, not {value!r:.40}"
                 )
         if self.head_dim % 2 or self.n_heads % self.n_kv_heads:
             raise ValueError("head_dim must be even, n_heads a multiple of n_kv_heads")
@@ -228,8 +228,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         qkv = linear(x, self.wqkv)  # (T, (n_heads + 2 n_kv_heads) head_dim)
-        qkv = qkv.contiguous().view(len(x), -1, self.head_dim)
         # (T, n_heads + 2 n_kv_heads, head_dim)
+        qkv = qkv.contiguous().view(len(x), -1, self.head_dim)
         xqk, xv = qkv.split((self.n_heads + self.n_kv_heads, self.n_kv_heads), dim=1)
         xqk = apply_rotary_emb(xqk, batch.freqs_cis)
         xq, xk = xqk.split((self.n_heads, self.n_kv_heads), dim=1)
@@ -370,7 +370,10 @@ class MoE(nn.Module):
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
     def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """The slices of tokens, of which expert e's ends at ends[e], after their experts."""
+        """The slices of tokens, of which expert e's ends at ends[e], after their experts.
+
+        tokens and the result are (T * top_k, dim), one row for each (token, choice) pair.
+        """
         slices = tokens.tensor_split(ends.tolist()[:-1])  # the host waits for the ends
         used = [(expert, part) for expert, part in zip(self.experts, slices) if len(part)]
         # Copies to all devices are made first, so that all of these work at the same time.
@@ -425,7 +428,7 @@ class Transformer(Fixed):
 
     The experts of a layer are dealt out to the devices in order, or are in host memory in the
     last cpu_layers layers; all else is on devices[0]. A device may be named more than once.
-    Raises ValueError if the devices cannot share the experts, or another argument cannot be.
+    Raises ValueError if the devices cannot share the experts, or if another argument is invalid.
     """
 
     freqs_cis: Tensor
@@ -482,8 +485,9 @@ class Transformer(Fixed):
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
         if len(starts) != bsz or bsz > self.params.max_batch_size:
-            raise ValueError(f"{bsz} rows, {len(starts)} starts, and a cache for max_batch_size")
-        if min(starts) < 0 or max(starts) + seqlen > self.params.max_seq_len:
+            most = self.params.max_batch_size
+            raise ValueError(f"{bsz} rows, {len(starts)} starts: max_batch_size is {most}")
+        if min(starts, default=0) < 0 or max(starts, default=0) + seqlen > self.params.max_seq_len:
             raise ValueError(f"{seqlen} tokens from {starts} on are beyond max_seq_len")
         spans = [Span(row, start, seqlen) for row, start in enumerate(starts)]
         return self.forward_packed(tokens.flatten(), spans).view(bsz, seqlen, -1)
@@ -520,8 +524,9 @@ class Transformer(Fixed):
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """Copy x to device. Only towards a GPU this need not be waited for: the host could read too
-    early what is copied to itself.
+    """Copy x to device, asynchronously only towards a GPU.
+
+    In the other direction the host could read the copy before it arrives.
     """
     return x.to(device, non_blocking=device.type == "cuda")
 

@@ -30,11 +30,11 @@ def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
     with gate_logits(model) as passes_of_layers:
         for (span,) in passes([tokens], prefill_tokens(model.device)):
             part = tokens[span.start : span.start + span.length]
-            model.forward_packed(torch.tensor(part), [span], last_only=True)
+            model.forward_packed(torch.tensor(part, device="cpu"), [span], last_only=True)
     layers = [torch.cat(passes_of_layer) for passes_of_layer in passes_of_layers]
     logits = torch.stack(layers).float()  # (n_layers, T, num_experts)
-    weights, chosen = logits.topk(model.params.num_experts_per_tok)
-    return chosen.cpu(), weights.softmax(dim=-1).cpu()
+    top_logits, chosen = logits.topk(model.params.num_experts_per_tok)
+    return chosen.cpu(), top_logits.softmax(dim=-1).cpu()
 
 
 @contextmanager
@@ -190,7 +190,7 @@ LINE_HEIGHT = 21
 BOX_HEIGHT = 20
 BOX_ASCENT = 15  # the part of a box above the baseline
 CHARACTER_WIDTH = 8.4
-BREAK_ZONE = 90  # at a line's end
+BREAK_ZONE = 90  # before a line's end, in which the next word begins a new line
 
 
 def svg(pieces: list[str], chosen: Tensor, n_experts: int) -> str:
