@@ -2,7 +2,6 @@
 
 import functools
 import re
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,122 +262,6 @@ def test_the_least_that_a_model_needs(machine):
     assert ": 3 GPUs like cuda:0 would hold it (" in refusal(3)  # there are 3, but not like it
     machine([2], 16)
     assert "would hold it" not in refusal(1)  # no number of such GPUs would
-
-
-# What is free on the third is known: it does not help.
-    ([24, 24, 2], 8, 2, "int8 and cpu_layers 5 and max_batch_size 1"),
-    ([8] * 8, 40, 8, "int8 and cpu_layers 24"),
-    ([8] * 8, 90, 8, "cpu_layers 28"),
-]
-
-
-@pytest.mark.parametrize("gpus, host, num_gpus, advice", CASES)
-def test_options_that_suffice_together(machine, gpus, host, num_gpus, advice):
-    machine(gpus, host)
-    assert f"but would with {advice} (" in refusal(num_gpus)
-
-
-def test_fewer_layers_in_host_memory_are_advised(machine):
-    """As many as it holds, if the GPUs have room for the others."""
-    machine([80, 80], 10)
-    assert "but would with cpu_layers 3 (host memory: " in refusal(2, cpu_layers=32)
-    check_memory(ModelArgs(), find_devices(2), cpu_layers=3)
-    with pytest.raises(RuntimeError, match="but would with cpu_layers 3, or with int8 "):
-        check_memory(ModelArgs(), find_devices(2), cpu_layers=4)
-    machine([30, 30], 10)
-    message = refusal(2, cpu_layers=32)
-    assert "but would with int8 and cpu_layers 7 (" in message
-    check_memory(ModelArgs(), find_devices(2), cpu_layers=7, int8=True)
-
-
-def test_float32_is_named(machine):
-    """bfloat16 may fit without other options."""
-    machine([], 128)
-    check_memory(ModelArgs(), ["cpu"])
-    with pytest.raises(RuntimeError, match="^the model in float32 does not fit, but would with"):
-        check_memory(ModelArgs(), ["cpu"], torch.float32)
-
-
-def options_of(way: str) -> dict[str, int]:
-    words = way.replace("int8", "int8 1").split(" and ")
-    return {name: int(value) for name, value in (word.split() for word in words)}
-
-
-@pytest.mark.parametrize("asked", [0, 32])
-@pytest.mark.parametrize("args", [ModelArgs(), V03, replace(ModelArgs(), num_experts=3)])
-@pytest.mark.parametrize("host", [8, 48, 100, 200])
-@pytest.mark.parametrize("gpus", [[], [12], [24, 24], [24, 24, 10], [48] * 3, [80], [40] * 8])
-def test_what_is_advised_holds(machine, args, host, gpus, asked):
-    """Every way that is named fits, and one of its numbers less far from those asked would not."""
-    if asked and not gpus:
-        pytest.skip("cpu_layers needs GPUs")
-    args = replace(args, max_seq_len=32768, max_batch_size=8)
-    machine(gpus, host)
-    for num_gpus in range(min(len(gpus), 1), min(len(gpus), args.num_experts) + 1):
-        check = functools.partial(check_with, args, num_gpus=num_gpus, cpu_layers=asked)
-        if check():
-            continue
-        message = refusal(num_gpus, args, cpu_layers=asked)
-        if "but would with " not in message:
-            assert re.search(r"and needs at least \d+\.\d GB with int8 and max_batch", message)
-            continue
-        advice = message.split(" (")[0].split("but would with ")[1]
-        for way in advice.split(", or with "):
-            options = options_of(way)
-            assert check(**options)
-            for name, value in options.items():
-                is_less = name in ("max_seq_len", "max_batch_size")
-                is_less = is_less or (name == "cpu_layers" and value < asked)
-                step = 1 if is_less else -1
-                if name == "int8":
-                    less = {key: number for key, number in options.items() if key != name}
-                elif name == "max_batch_size" and "max_seq_len" in options:
-                    continue  # one row, and as much of it as fits
-                else:
-                    less = options | {name: value + step}
-                assert not check(**less), (way, name)
-
-
-def check_with(
-    args: ModelArgs, num_gpus: int, int8: int = 0, cpu_layers: int = 0, **cache: int
-) -> bool:
-    args = replace(args, **cache)
-    try:
-        check_memory(args, find_devices(num_gpus), cpu_layers=cpu_layers, int8=bool(int8))
-    except RuntimeError:
-        return False
-    return True
-
-
-def test_the_least_that_a_model_needs(machine):
-    small = replace(ModelArgs(), max_batch_size=1, max_seq_len=128)
-    least = memory_needed(small, 1, int8=True)[0] + ACTIVATIONS
-    machine([], 16)
-    needs = f"and needs at least {least / GB:.1f} GB with int8 and max_batch_size 1 and max_seq_len"
-    assert f"{needs} 128 (host memory: 96.6 GB needed, 16.0 GB free)" in refusal(0)
-    assert f"and needs at least {least / GB:.1f} GB (host memory: " in refusal(0, small, int8=True)
-    machine([24, 4], 16)
-    dense = memory_needed(small, 1, cpu_layers=32, int8=True)[0] + ACTIVATIONS
-    message = refusal(1)
-    assert f"{needs} 128, {dense / GB:.1f} GB of it on a GPU" in message
-    assert "on a GPU; 28.0 GB are free on GPUs and 16.0 GB in host memory" in message
-    assert ": 3 GPUs like cuda:0 would hold it (" in message and "num_gpus" not in message
-    machine([24, 2, 2], 16)
-    assert ": 3 GPUs like cuda:0 would hold it (" in refusal(3)  # there are 3, but not like it
-    machine([2], 16)
-    assert "would hold it" not in refusal(1)  # no number of such GPUs would
-
-
-@pytest.mark.parametrize("gpus, host, num_gpus", [([], 16, 0), ([40] * 8, 16, 1), ([12], 16, 1)])
-def test_a_refusal_is_quick(machine, gpus, host, num_gpus):
-    machine(gpus, host)
-    times = []
-    for _ in range(3):
-        devices.count_bytes.cache_clear()
-        begin = time.perf_counter()
-        refusal(num_gpus, V03)
-        times.append(time.perf_counter() - begin)
-    assert min(times) < 0.05
 
 
 # What is free
