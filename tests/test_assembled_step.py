@@ -88,7 +88,7 @@ def test_assembled_step(device, monkeypatch, n_devices, cpu_layers, int8):
         # Each of the three begins at a multiple of 16 bytes, as in a Decoder.
         on_device = F.pad(inputs, (0, 13)).to(places[0])[:, :3]
         run = decode.Launch(fast.devices)
-        with run.open:
+        with run.segment:
             logits = decode.step(run, fast, on_device, decode.Buffers(3, fast)).cpu()
         assert_close(logits, model.forward_packed(inputs[0].cpu(), spans))
         for name, tensor in tensors_of(model).items():
