@@ -7,9 +7,9 @@ from setuptools.command.sdist import sdist
 class SourceArchive(sdist):
     """An archive with requirements.txt, without which setup.py cannot run."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
+    def make_distribution(self) -> None:
         self.filelist.append("requirements.txt")
+        super().make_distribution()
 
 
 safetensors = ["safetensors>=0.5"]
