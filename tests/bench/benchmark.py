@@ -5,7 +5,7 @@
     python tests/bench/benchmark.py load | long
 
 Weights are random: the cost of a step depends on them only through the experts that its tokens
-choose, and these are counted. Programs that are compared run in turn, A B A B, and are compared
+choose, and these are counted. Programs that are compared run in turn, A B B A, and are compared
 round by round, because a machine's speed drifts; a round in which its ceilings moved by more than
 half is left out. Figures are medians (least-greatest). A floor is the time in which the device
 moves the bytes and does the operations that a case needs, at the rates measured around the round.
@@ -225,7 +225,10 @@ class Benchmark:
         for turn in range(2 * wanted):
             if kept == wanted:
                 break
-            seconds = {name: seconds_of(partial(work, turn)) for name, work in works.items()}
+            # Who comes first after the ceilings is the slower for it, so that turns alternate.
+            order = list(works) if turn % 2 == 0 else list(reversed(works))
+            measured = {name: seconds_of(partial(works[name], turn)) for name in order}
+            seconds = {name: measured[name] for name in works}
             self.measure_ceilings()
             result.rounds += 1
             if not all(ceilings.was_steady() for ceilings in self.ceilings):
