@@ -45,7 +45,7 @@ def plan(n_layers: int) -> list[Part]:
             "transformers",
             130,
             [*third, "--vs=transformers", "--json=transformers.json"],
-            "a third of the layers, the same weights, A B A B",
+            "a third of the layers, the same weights, A B B A",
         ),
         Part(
             "profile",
