@@ -45,7 +45,7 @@ def main(
     CKPT_DIR is a downloaded folder, and TOKENIZER_PATH the tokenizer.model in it.
 
     temperature: 0 takes the likeliest token; higher values vary the text more
-    top_p: draw from the likeliest tokens that have this probability together
+    top_p: draw only from the likeliest tokens, as many as it takes to reach this probability
     max_seq_len: room for a prompt and its completion, or for a conversation, in tokens
     max_gen_len: the largest number of new tokens for a prompt, or for an answer
     max_batch_size: the largest number of prompts that are completed together
@@ -58,7 +58,7 @@ def main(
     dtype: compute in bfloat16, float16 (for GPUs without bfloat16) or float32
     seed: the same number draws the same tokens
     experts: show which expert processed each token
-    experts_svg: draw the same as a picture, in this file; needs --prompt
+    experts_svg: draw the same as a picture and write it to this .svg file; needs --prompt
     """
     cli.check_options(max_gen_len, dtype, prompt, chat, experts_svg)
     prompts = cli.read_prompts(prompt, chat, PROMPTS)

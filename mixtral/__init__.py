@@ -23,9 +23,9 @@ MODULES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import a class when it is asked for, since the command line answers --help without PyTorch.
+    """Import a class only when it is asked for.
 
-    PyTorch takes seconds to import.
+    Importing PyTorch takes seconds, and the command line answers --help without it.
     """
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -37,7 +37,7 @@ def __getattr__(name: str) -> object:
 
 
 class StderrHandler(logging.Handler):
-    """Writes to what is standard error at the time. If that is closed or broken, does nothing."""
+    """Writes to whatever sys.stderr is at the time. If that is closed or broken, does nothing."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
@@ -46,8 +46,8 @@ class StderrHandler(logging.Handler):
             sys.stderr.flush()
 
 
-# Python itself would show only warnings, and without their prefix. Whoever configures the root
-# logger would see each line twice, if it also went on to there.
+# Without a handler Python would show only warnings, and without the prefix. If lines were passed on
+# to the root logger, a program that configures that one would show each of them twice.
 logger = logging.getLogger(__name__)
 logger.addHandler(StderrHandler())
 logger.setLevel(logging.INFO)

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 TORRENT = "consolidated.00.pth"
 TORRENT_MD5 = "1faa9bc9b20fcfe81fcd4eb7166a79e6"
 
-# How the names of indices end, and the index that transformers reads.
+# The endings of the names of index files, and the index that transformers reads.
 SAFETENSORS_INDEX = ".safetensors.index.json"
 PICKLES_INDEX = ".bin.index.json"
 HUB_INDEX = "model.safetensors.index.json"
@@ -39,7 +39,7 @@ def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> 
     """The model's sizes from the checkpoint's config, and the cache's as given.
 
     Raises FileNotFoundError if files are missing, and ValueError if the config is not that of a
-    Mixtral as it was published or if two complete sets of weights have equal rank.
+    published Mixtral or if two complete sets of weights are equal in rank.
     """
     cache_sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
     args = ModelArgs(**cache_sizes)  # refuses impossible cache sizes before the folder is read
@@ -50,8 +50,9 @@ def read_params(ckpt_dir: str | Path, max_seq_len: int, max_batch_size: int) -> 
         others = " and ".join(found.unread)
         logger.info("%s: weights are read from %s, not from %s", folder, first, others)
     if found.missing is not None:
-        why = f"{found.missing} is missing"
-        logger.warning("%s: weights are read from %s, since %s", folder, first, why)
+        logger.warning(
+            "%s: weights are read from %s, since %s is missing", folder, first, found.missing
+        )
     path = find_config(folder, first)
     config = read_config(path)
     sizes: dict[str, Any] = {
@@ -79,33 +80,35 @@ def load_checkpoint(model: Transformer, ckpt_dir: str | Path) -> None:
     """
     sources = match(model, Path(ckpt_dir))
     progress = Progress(sum(source.tensor.nbytes for source in sources.values()))
-    pruned: list[str] = []
+    pruned_names: list[str] = []
 
     def load(name: str) -> bool:
         """Fill a parameter, and return whether it is a pruned expert's matrix."""
         tensor, path = sources[name]
+        pruned = is_pruned(name, tensor)
         try:
-            all_zeros = check_values(name, tensor)
+            if not pruned:
+                check_values(name, tensor)
             fill(model, name, tensor)
         except ValueError as error:
             raise ValueError(f"{name} in {path} {error}") from error
-        return all_zeros
+        return pruned
 
     try:
         # Several threads, so that some read from the disk while others convert what they have.
         with ThreadPoolExecutor(4) as pool:
-            for name, all_zeros in zip(sources, pool.map(load, sources)):
+            for name, pruned in zip(sources, pool.map(load, sources)):
                 progress.add(name, sources[name].tensor.nbytes)
-                if all_zeros:
-                    pruned.append(name)
+                if pruned:
+                    pruned_names.append(name)
     finally:
         progress.clear()
-    if pruned:
-        in_order = [name for name, _ in model.named_parameters() if name in pruned]
+    if pruned_names:
+        in_order = [name for name, _ in model.named_parameters() if name in pruned_names]
         logger.info(
             "%s: %d matrices of experts are all zeros, as in a pruned model: %s is the first",
             ckpt_dir,
-            len(pruned),
+            len(pruned_names),
             in_order[0],
         )
 
@@ -164,7 +167,7 @@ def find_files(folder: Path) -> Found:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder}: give the checkpoint's folder")
-    # A file whose name starts with "." is another program's, as macOS' "._" beside each file.
+    # Names that start with "." belong to other programs, such as the "._" files of macOS.
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
     ranks = published_sets(folder, names)
     chosen = first_complete(folder, names, ranks)
@@ -215,9 +218,9 @@ def first_complete(folder: Path, names: set[str], ranks: PublishedSets) -> list[
 
 
 def missing_of_preferred(names: set[str], ranks: PublishedSets, chosen: list[str]) -> str | None:
-    """The first file that is missing from a set of higher rank than the chosen one.
+    """The file whose absence is why a set of higher rank than the chosen one is not read.
 
-    Sets without any file do not count: an index is often there without its shards.
+    Sets of which no file is present do not count: an index is often there without its shards.
     """
     for sets in ranks:
         if chosen in sets:
@@ -260,12 +263,12 @@ def sets_of_shards(names: set[str], suffix: str) -> list[list[str]]:
     for prefix, total in sorted({match.groups() for match in matches if match}):
         numbers = range(1, int(total) + 1)
         sets.append([f"{prefix}-{i:05}-of-{total}{suffix}" for i in numbers])
-    return [files for files in sets if files]
+    return [files for files in sets if files]  # a total of 00000 would name no files
 
 
 def what_is_missing(folder: Path, names: set[str], ranks: PublishedSets) -> str:
-    """Name the first missing file of the most complete set."""
-    pieces = pieces_to_join(names)
+    """Why no set is complete: pieces to join, or the first missing file of the fullest set."""
+    pieces = expected_pieces(names)
     if names.issuperset(pieces):
         return f"parts to join: cat {TORRENT}-split{{0..{len(pieces) - 1}}} > {TORRENT}"
     candidates = [pieces]
@@ -281,8 +284,8 @@ def what_is_missing(folder: Path, names: set[str], ranks: PublishedSets) -> str:
     return f"{first_missing(files, names)} is missing: {present} of {len(files)} files are there"
 
 
-def pieces_to_join(names: set[str]) -> list[str]:
-    """The pieces in which mirrors offer the torrent's file: split0, split1, ..."""
+def expected_pieces(names: set[str]) -> list[str]:
+    """The pieces in which mirrors offer the torrent's file: split0 to the last one present."""
     last = 0
     for name in names:
         piece = re.fullmatch(rf"{re.escape(TORRENT)}-split(\d\d?)", name)
@@ -305,7 +308,7 @@ def why_no_weights(folder: Path, names: set[str]) -> str:
             try:
                 read_index(folder / name)
             except ValueError as error:
-                return f"which files hold the weights cannot be told without their index: {error}"
+                return f"without a readable index it is unknown which files to read: {error}"
         if name.endswith(".gguf"):
             return "no weights, but .gguf for llama.cpp"
     return "no weights: expected consolidated.*, model*.safetensors or pytorch_model*.bin"
@@ -313,7 +316,7 @@ def why_no_weights(folder: Path, names: set[str]) -> str:
 
 # Configs
 
-# The hub's keys in config.json, and ModelArgs' fields, which params.json has as keys.
+# The hub's keys in config.json, and the fields of ModelArgs, which are also params.json's keys.
 KEYS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -324,8 +327,8 @@ KEYS = {
     "rms_norm_eps": "norm_eps",
 }
 
-# Keys that make another model, with the values that do not (an empty one never does). A list
-# is judged by its elements.
+# Keys that change what is computed, each with the values that are Mixtral's own. Empty values are
+# always harmless, and each element of a list is checked by itself.
 HARMLESS: dict[str, tuple[str, ...]] = {
     "model_type": ("mixtral", "transformer"),
     "hidden_act": ("silu", "swish"),
@@ -404,8 +407,9 @@ def refuse_unsupported(path: Path, config: dict[str, Any]) -> None:
         elements = value if isinstance(value, list) else [value]
         for element in elements:
             if element and element not in harmless:
-                what = f"{path} has {key} {str(element)!r:.80}"
-                raise ValueError(f"{what}: get the original bfloat16 Mixtral")
+                raise ValueError(
+                    f"{path} has {key} {str(element)!r:.80}: get the original bfloat16 Mixtral"
+                )
 
 
 # Tensors
@@ -443,7 +447,7 @@ def match(model: Transformer, folder: Path) -> dict[str, Source]:
                     f"{what} is not a plain tensor of floats ({kind}): "
                     "get the original bfloat16 weights"
                 )
-            for name, shape, tensor in rename(stored_name, stored, model.params):
+            for name, shape, tensor in parts_of(stored_name, stored, model.params):
                 if name not in shapes:
                     raise ValueError(f"{what} has shape {shape}; the model has no place for it")
                 if name in sources:
@@ -454,8 +458,10 @@ def match(model: Transformer, folder: Path) -> dict[str, Source]:
                 sources[name] = Source(tensor, path)
     missing = [name for name in shapes if name not in sources]
     if missing:
-        lacks = f"{len(missing)} of {len(shapes)} tensors, {missing[0]} the first of them"
-        raise ValueError(f"{folder} lacks {lacks}: download it again")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(shapes)} tensors, {missing[0]} the first "
+            "of them: download it again"
+        )
     return sources
 
 
@@ -490,8 +496,8 @@ NAMES = {
 }
 
 
-def rename(name: str, tensor: Tensor, args: ModelArgs) -> list[Part]:
-    """A file's tensor as the model has it: each expert's own if it stacks them."""
+def parts_of(name: str, tensor: Tensor, args: ModelArgs) -> list[Part]:
+    """The parameters that a file's tensor fills: several if it stacks or fuses experts."""
     has_rotary_halves = re.search(r"self_attn\.[qk]_proj", name) is not None
     for theirs, ours in NAMES.items():
         name = re.sub(theirs, ours, name)
@@ -540,43 +546,37 @@ def pair_rotary_halves(name: str, tensor: Tensor, head_dim: int) -> Part:
     return Part(name, tuple(tensor.shape), pairs)
 
 
-def check_values(name: str, tensor: Tensor) -> bool:
-    """Return whether it is a pruned expert's matrix.
-
-    Raises ValueError if the weights are damaged in a way that the logits may not show.
-    """
-    pruned = is_pruned(name, tensor)
+def check_values(name: str, tensor: Tensor) -> None:
+    """Raise ValueError if the weights are damaged in a way that the logits may not show."""
     # Rows of unused tokens may be zero.
     has_tokens = name in ("tok_embeddings.weight", "output.weight")
-    if not pruned and not has_tokens and has_zero_run(tensor):
+    if not has_tokens and has_zero_run(tensor):
         raise ValueError("holds a run of zero bytes: the download is incomplete")
     # Attention may hide values that are not finite.
     if is_part_of_wqkv(name) and not tensor.isfinite().all():
         raise ValueError("holds values that are not finite: download it again")
-    return pruned
 
 
 def is_pruned(name: str, tensor: Tensor) -> bool:
-    """Whether it is an expert's matrix that is zero from its first to its last number.
+    """Whether it is an expert's matrix of nothing but zeros.
 
-    The hole that an incomplete download leaves hardly ever begins and ends with a matrix; the
-    matrices at its two ends are then partly zero, and are refused.
+    The hole that an incomplete download leaves hardly ever begins and ends exactly with a matrix;
+    the matrices at its two ends are then partly zero, and are refused.
     """
     return ".experts." in name and not tensor[0].any() and not tensor.any()
 
 
 def has_zero_run(tensor: Tensor) -> bool:
-    """Whether 8 KiB of a tensor, or all of a small one, are zero in its file.
+    """Whether one of a tensor's blocks of 4 KiB is all zeros, or all of it if it is smaller.
 
-    Downloads are written in larger blocks, so a hole is no smaller; a shorter run may be the
-    model's own. Runs of 4 KiB are compared, counted from the tensor's beginning.
+    Every run of 8 KiB of zeros holds such a block, and a hole in a download is longer: files are
+    written in larger blocks. A shorter run may be the model's own.
     """
     flat = tensor.as_strided([tensor.numel()], [1])  # as it lies in the file
     n = min(4096 // tensor.itemsize, len(flat))
-    runs = flat[: len(flat) // n * n].view(-1, n)
-    suspects = runs[
-        runs[:, 0] == 0
-    ]  # (number of suspects, n); reads a number of every page from the disk
+    blocks = flat[: len(flat) // n * n].view(-1, n)
+    first_numbers = blocks[:, 0]  # one of every page: only these are read from most of the file
+    suspects = blocks[first_numbers == 0]  # (number of suspects, n)
     return bool((suspects == 0).all(dim=1).any())
 
 
@@ -713,11 +713,12 @@ def check_zip(path: Path) -> None:
 
 
 def check_record(file: BinaryIO, record: zipfile.ZipInfo, end: int) -> None:
-    """Raise ValueError unless a record fills the place between its own header and end.
+    """Raise ValueError unless a record's content fills the space between its header and `end`.
 
-    PyTorch lets each content start at a multiple of 64 bytes.
+    PyTorch begins each record's content at a multiple of 64 bytes.
     """
-    file.seek(max(0, record.header_offset) + LOCAL_HEADER - 4)
+    offset = max(0, record.header_offset)  # negative in some damaged archives
+    file.seek(offset + LOCAL_HEADER - 4)
     name_size, extra_size = struct.unpack("<2H", file.read(4))
     is_named = file.read(name_size) == record.filename.encode()
     start = record.header_offset + LOCAL_HEADER + name_size + extra_size
@@ -740,7 +741,7 @@ def advise(path: Path, error: Exception) -> str:
         return "it is a Git LFS pointer: run git lfs pull"
     if is_old_pickle(path):
         return (
-            "it is a pickle of the kind before PyTorch 1.6, which cannot be mapped: convert it "
+            "it has the format from before PyTorch 1.6, which cannot be mapped: convert it "
             'with torch.save(torch.load(path, "cpu", weights_only=True), path)'
         )
     if path.name == TORRENT:

@@ -31,7 +31,10 @@ Options = Mapping[str, inspect.Parameter]
 
 
 class Sampling(NamedTuple):
-    """How new tokens are drawn: the last arguments of Mixtral.stream_tokens."""
+    """How new tokens are drawn: the last arguments of Mixtral.stream_tokens.
+
+    generation.py has a Sampling of its own, but importing it imports PyTorch.
+    """
 
     temperature: float
     top_p: float
@@ -75,7 +78,7 @@ def run(main: Callable[..., None], argv: list[str]) -> int:
 
 
 def call(main: Callable[..., None], argv: list[str]) -> None:
-    """Let fire call main, with every value already parsed by name."""
+    """Let fire call main, and have it parse each value by the type of main's parameter."""
     options = options_of(main)
     arguments = join_values(argv, options)
     import fire  # takes 0.2 s, too long for --help
@@ -185,7 +188,7 @@ def parse_int(name: str, text: str) -> int:
 
 
 def replace_closed_outputs() -> None:
-    """Python sets an output to None if it was closed at the start: let it swallow its text."""
+    """Replace outputs that were closed at the start, which Python sets to None, by /dev/null."""
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open as long as the process
     if sys.stderr is None:
@@ -227,7 +230,7 @@ def say(line: str) -> None:
 def check_options(
     max_gen_len: int, dtype: str, prompt: str | None, chat: bool, experts_svg: str | None
 ) -> None:
-    """Raise ValueError or OSError for options that cannot work, whatever the model is."""
+    """Raise ValueError for options that cannot work, whatever the model is."""
     if max_gen_len < 1:
         raise ValueError(f"max_gen_len must be at least 1, not {max_gen_len}")
     if dtype not in DTYPES:
@@ -257,10 +260,10 @@ def check_picture(path: str, prompt: str | None, chat: bool) -> None:
 
 
 def read_prompts(prompt: str | None, chat: bool, default: list[str]) -> list[str]:
-    """The texts to complete or to answer: none if a conversation asks for them later.
+    """The texts to complete or to answer: none for a conversation, which asks for them later.
 
-    The prompt "-" is what standard input has, without the newline that ends its last line.
-    Raises ValueError if it is to be answered and blank.
+    The prompt "-" stands for standard input, without the newline that ends its last line. Raises
+    ValueError if a question to answer is blank.
     """
     if prompt is None:
         return [] if chat else default
@@ -304,7 +307,7 @@ def check_prompts(
     if not chat:
         warn_of_chat_formats(tokenizer, prompts)
     if tokens:
-        warn_of_cuts(max(map(len, tokens)), size.max_seq_len, sampling.max_gen_len)
+        warn_beyond_max_seq_len(max(map(len, tokens)), size.max_seq_len, sampling.max_gen_len)
     return tokens
 
 
@@ -345,7 +348,7 @@ def warn_of_chat_formats(tokenizer: "Tokenizer", prompts: list[str]) -> None:
             logger.warning("%s", hint)
 
 
-def warn_of_cuts(longest: int, max_seq_len: int, max_gen_len: int) -> None:
+def warn_beyond_max_seq_len(longest: int, max_seq_len: int, max_gen_len: int) -> None:
     needed = longest + max_gen_len
     if needed > max_seq_len:
         logger.warning(
@@ -390,21 +393,22 @@ def print_completion(
     """Print a prompt, its completion as it comes and, if asked for, the experts of both."""
     print(prompt, end="\n> ", flush=True)
     new: list[int] = []
-    print_text(generator.tokenizer, completion, new)
+    print_text(generator.tokenizer, noting(completion, new))
     if experts or experts_svg is not None:
         show_experts(generator, tokens + new, experts, experts_svg)
     print(f"\n\n{RULE}\n", flush=True)
 
 
-def print_text(tokenizer: "Tokenizer", tokens: Iterable[int], printed: list[int]) -> None:
-    """Print the text of tokens as they come; those that have come are added to printed."""
+def noting(tokens: Iterable[int], seen: list[int]) -> Iterator[int]:
+    """The same tokens as they come. Each is added to seen, so that none is lost at Ctrl-C."""
+    for token in tokens:
+        seen.append(token)
+        yield token
 
-    def each() -> Iterator[int]:
-        for token in tokens:
-            printed.append(token)
-            yield token
 
-    for piece in tokenizer.decode_stream(each()):
+def print_text(tokenizer: "Tokenizer", tokens: Iterable[int]) -> None:
+    """Print the text of tokens as they come."""
+    for piece in tokenizer.decode_stream(tokens):
         print(piece, end="", flush=True)
 
 
@@ -432,8 +436,8 @@ def hold_conversation(
 ) -> None:
     """Answer the prompt or, without one, each line of standard input until that ends.
 
-    At a terminal Ctrl-C ends an answer. Raises ValueError at the end of max_seq_len, and if
-    standard input is not a terminal and has no question.
+    At a terminal Ctrl-C ends an answer. Raises ValueError when the conversation has filled
+    max_seq_len, and if standard input is not a terminal and has no question.
     """
     conversation = Conversation(generator, sampling, experts)
     if prompts:
@@ -505,7 +509,8 @@ class Conversation:
         self.check_room(len(tokens))
         new: list[int] = []
         try:
-            print_text(tokenizer, self.generator.stream_tokens(tokens, *self.sampling), new)
+            stream = self.generator.stream_tokens(tokens, *self.sampling)
+            print_text(tokenizer, noting(stream, new))
         except KeyboardInterrupt:
             if new:
                 self.remember(question, tokens, new)
@@ -514,7 +519,7 @@ class Conversation:
         if self.experts:
             show_experts(self.generator, tokens + new, experts=True, experts_svg=None)
         print(flush=True)
-        self.warn_of_cut(len(new))
+        self.warn_at_max_gen_len(len(new))
 
     def remember(self, question: "Message", tokens: list[int], new: list[int]) -> None:
         """Add to the dialog a question, with which tokens end, and new, its answer."""
@@ -522,7 +527,7 @@ class Conversation:
         self.dialog += [question, {"role": "assistant", "content": answer}]
         self.length = len(tokens) + len(new)
 
-    def warn_of_cut(self, n_new: int) -> None:
+    def warn_at_max_gen_len(self, n_new: int) -> None:
         """Say once that answers stop at max_gen_len."""
         max_gen_len = self.sampling.max_gen_len
         if n_new == max_gen_len and not self.has_warned:

@@ -1,7 +1,7 @@
 """How one new token per row is computed fast on GPUs: `step`, run once and then recorded.
 
-`step` is the arithmetic of model.py once more, one or two kernel launches a line. Each device's
-work up to the next copy is one CUDA graph, so that the host's part of a step is a list of calls.
+`step` repeats the arithmetic of model.py, with one or two kernel launches per line. The work of a
+device up to the next copy is one CUDA graph, so that the host's part of a step is a list of calls.
 With one device that is a single replay for the whole step; with N it is N + 1 replays and
 2 (N - 1) copies per layer.
 """
@@ -23,7 +23,7 @@ from .model import MoE, Transformer
 
 logger = logging.getLogger(__name__)
 
-# Numbers of rows for which a step is recorded; in between, the last row is repeated.
+# The numbers of rows that a step is recorded for. In between, the last row is repeated.
 RECORDED_ROWS = (1, 2, 4, 8, 16)
 
 
@@ -41,7 +41,7 @@ class Decoder:
             raise RuntimeError("the kernels need compute capability 8.0")
         if model.params.num_experts > 64:  # a program compares each logit with all others
             raise RuntimeError("the kernels choose among at most 64 experts")
-        # Up to the smallest number that fits max_batch_size.
+        # Up to the first number that is at least max_batch_size, or all if none is.
         numbers = [n for n in RECORDED_ROWS if n < 2 * model.params.max_batch_size]
         self.max_rows = numbers[-1]
         # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever the number
@@ -103,14 +103,14 @@ def add_mixture(
 
 def local_experts(
     moe: MoE,
-    place: int,
+    i: int,
     x: Tensor,
     logits: Tensor,
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """What the experts of one place add to the mixture, on the current device."""
-    stack = moe.stacks[place]
+    """What the experts of the i-th stack add to the mixture, on the current device."""
+    stack = moe.stacks[i]
     return kernels.experts(
         x,
         logits,
@@ -128,11 +128,11 @@ def local_experts(
 def experts_on_devices(
     run: "Launch", moe: MoE, x: Tensor, logits: Tensor, h: Tensor, buffers: "Buffers"
 ) -> Tensor:
-    """Send all tokens to every device, and add up what its experts make of them.
+    """Send all tokens to every device, and add up the sums that come back.
 
-    All layers share their buffers, and nothing is overwritten before it is read: PyTorch makes
-    both devices' streams wait for one another around a copy. So the packing, the copies, the
-    experts and the sum of a layer are done before the next layer packs.
+    All layers share the same buffers. Nothing is overwritten before it is read, because a copy
+    between two devices makes each one's stream wait for the other's: packing, copies, experts and
+    sum of a layer are done before the next layer packs.
     """
     others = range(1, len(moe.stacks))
     buffers.pack(x, logits)
@@ -143,9 +143,9 @@ def experts_on_devices(
     run.on(0)
     local_experts(moe, 0, x, logits, out=buffers.sums[0])
     for i in others:
-        run.host(buffers.parts[i].copy_, buffers.sums[i])
+        run.host(buffers.gathered[i].copy_, buffers.sums[i])
     run.on(0)  # once more, since a host call ends a device's part
-    return h.add_(buffers.parts.sum(0))  # (T, dim)
+    return h.add_(buffers.gathered.sum(0))  # (T, dim)
 
 
 def experts_on_host(
@@ -154,18 +154,18 @@ def experts_on_host(
     buffers.pack(x, logits)
     run.host(mix_on_host, moe, buffers)
     run.on(0)
-    return h.add_(buffers.parts[0])
+    return h.add_(buffers.gathered[0])
 
 
 def mix_on_host(moe: MoE, buffers: "Buffers") -> None:
     x, logits = buffers.split(buffers.packed[0].cpu())  # the layer's only synchronization
-    buffers.parts[0].copy_(moe.mix(x, logits), non_blocking=True)
+    buffers.gathered[0].copy_(moe.mix(x, logits), non_blocking=True)
 
 
 class Buffers:
-    """What travels between devices in a layer: packed[i] to device i, sums[i] back as parts[i].
+    """The tensors that cross between devices: packed[i] to device i, sums[i] back to gathered[i].
 
-    All layers share it. It exists before a recording, which can allocate on one device only.
+    All layers share them. They exist before a recording, which can allocate on one device only.
     """
 
     def __init__(self, T: int, model: Transformer):
@@ -177,9 +177,9 @@ class Buffers:
         self.packed = [torch.empty(size, dtype=dtype, device=each) for each in model.devices]
         # Sums over a device's experts come back in float32, so that the number of devices
         # changes the text as little as it can.
-        parts_shape = (len(model.devices), *self.x_shape)
-        self.parts = torch.empty(parts_shape, dtype=torch.float32, device=model.device)
-        self.sums = [self.parts[0]]  # the first device writes its sum in place
+        shape = (len(model.devices), *self.x_shape)
+        self.gathered = torch.empty(shape, dtype=torch.float32, device=model.device)
+        self.sums = [self.gathered[0]]  # the first device's sum need not travel
         for device in model.devices[1:]:
             self.sums.append(torch.empty(self.x_shape, dtype=torch.float32, device=device))
 
@@ -255,15 +255,15 @@ class Recorder:
 
 
 def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[], Tensor]:
-    """A function that makes the step for the rows of inputs (3, n), and returns its logits.
+    """A function that runs the step on inputs (3, n) and returns the logits.
 
-    It is the recorded step, or if that fails the step as it is written.
+    It replays the recorded step or, if recording fails, runs the step as it is written.
     """
     buffers = Buffers(inputs.shape[1], model)
 
     def launch() -> Tensor:
         run = Launch(recorder.devices)
-        with run.segment:
+        with run.segment:  # closes the last segment, also after an error
             return step(run, model, inputs, buffers)
 
     launch()  # compiles, which a recording cannot
@@ -272,7 +272,7 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
         torch.cuda.synchronize(device)
     tape = Tape(recorder)
     try:
-        with tape.segment:  # whatever happens, no stream stays current
+        with tape.segment:  # likewise
             logits = step(tape, model, inputs, buffers)
     except RuntimeError as error:
         recorder.renew_pools()

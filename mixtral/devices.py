@@ -1,6 +1,5 @@
 """Which devices there are, what a model needs on each, and which options would make it fit."""
 
-import bisect
 import functools
 import gc
 import re
@@ -13,8 +12,8 @@ import torch
 
 from .model import ModelArgs, Transformer, deal
 
-# Bytes that a device needs besides weights and cache: a generous guess. A test counts that the
-# largest use, 16 rows with log-probabilities and echo, stays within it.
+# Bytes that a device needs besides weights and cache: a generous guess. A test checks that the
+# largest case, 16 rows with log-probabilities and echo, stays within it.
 ACTIVATIONS = 2**30
 
 # Nobody is advised to make the cache shorter than this many tokens.
@@ -49,8 +48,8 @@ def check_memory(
 ) -> None:
     """Raise RuntimeError if the model does not fit, with the options that would make it fit.
 
-    Raises ValueError if the experts cannot be dealt out to these devices, or if cpu_layers is
-    more than there are or is asked for without GPUs.
+    Raises ValueError if the experts cannot be dealt out to these devices, if cpu_layers exceeds the
+    number of layers, or if it is given without GPUs.
     """
     on_gpus = devices[0] != "cpu"
     if len(devices) > args.num_experts:
@@ -71,9 +70,9 @@ def check_memory(
         return
     visible = visible_devices(plan)
     free |= {device: free_memory(device) for device in visible if device not in free}
-    ways = ways_to_fit(plan, visible, free)
-    if ways:
-        options = ", or with ".join(describe_changes(plan, way) for way in ways)
+    others = plans_to_advise(plan, visible, free)
+    if others:
+        options = ", or with ".join(describe_changes(plan, other) for other in others)
         advice = f"but would with {options}"
     else:
         advice = describe_least(plan, visible, free)
@@ -88,9 +87,9 @@ def memory_needed(
     cpu_layers: int = 0,
     int8: bool = False,
 ) -> list[int]:
-    """Bytes on each device, then, last, those of the experts that are in host memory.
+    """Bytes on each device and, as the last element, those of the experts in host memory.
 
-    The first device holds all that is not an expert, and no other has more experts than it.
+    The first device has the most: as many experts as any other, and everything else.
     """
     sizes = count_bytes(replace(args, max_batch_size=1, max_seq_len=1), dtype, int8)
     cached = args.max_batch_size * args.max_seq_len * sizes.cached_token
@@ -147,20 +146,21 @@ def visible_devices(plan: Plan) -> list[str]:
     return visible[: plan.args.num_experts]
 
 
-def ways_to_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Plan]:
-    """The plans that fit with the fewest options changed, and these as little as possible.
+def plans_to_advise(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Plan]:
+    """The plans that fit with the fewest options changed, each of those as little as possible.
 
-    A way is known by which options it changes; of those with the same, the mildest counts.
+    Among plans that change the same options, only the one that changes them least is kept.
     """
-    ways = list(plans_that_fit(plan, visible, free))
-    for way in plans_that_fit(with_smallest_cache(plan), visible, free):
-        ways.append(with_largest_cache(way, plan.args, free))
+    others = list(plans_that_fit(plan, visible, free))
+    for other in plans_that_fit(with_smallest_cache(plan), visible, free):
+        others.append(with_largest_cache(other, plan.args, free))
     mildest: dict[frozenset[str], Plan] = {}
-    for way in ways:
-        # Of ways that change the same options, plans_that_fit yields the mildest first.
-        mildest.setdefault(changed_fields(plan, way), way)
+    for other in others:
+        changed = changed_fields(plan, other)
+        if changed not in mildest:  # plans_that_fit yields the mildest first
+            mildest[changed] = other
     fewest = min((len(changed) for changed in mildest), default=0)
-    return [way for changed, way in mildest.items() if len(changed) == fewest]
+    return [other for changed, other in mildest.items() if len(changed) == fewest]
 
 
 def changed_fields(plan: Plan, other: Plan) -> frozenset[str]:
@@ -168,23 +168,23 @@ def changed_fields(plan: Plan, other: Plan) -> frozenset[str]:
 
 
 def plans_that_fit(plan: Plan, visible: list[str], free: dict[str, int]) -> Iterator[Plan]:
-    """The plan with 8 bits, more GPUs or other cpu_layers: those of these plans that fit.
+    """Those variants of the plan that fit, with experts in 8 bits, more GPUs or other cpu_layers.
 
-    Of plans that change the same options, the mildest comes first.
+    Among those that change the same options, the one that changes them least comes first.
     """
     int8_or_not = [True] if plan.int8 else [False, True]
     for int8 in int8_or_not:
         for n_devices in range(len(plan.devices), len(visible) + 1):
-            way = plan._replace(int8=int8, devices=tuple(visible[:n_devices]))
-            way = with_nearest_cpu_layers(way, free)
-            if fits(way, free):
-                yield way
+            other = plan._replace(int8=int8, devices=tuple(visible[:n_devices]))
+            other = with_nearest_cpu_layers(other, free)
+            if fits(other, free):
+                yield other
 
 
 def with_nearest_cpu_layers(plan: Plan, free: dict[str, int]) -> Plan:
-    """The plan with the number of layers in host memory that fits and is nearest to its own.
+    """The plan with the cpu_layers nearest to its own that fits, on the GPUs and on the host.
 
-    If no number fits, neither does the plan that is returned.
+    If there is none, the plan returned does not fit either.
     """
     if plan.devices[0] == "cpu":
         return plan
@@ -196,7 +196,7 @@ def with_nearest_cpu_layers(plan: Plan, free: dict[str, int]) -> Plan:
     def host_suffices(cpu_layers: int) -> bool:
         return needs(plan._replace(cpu_layers=cpu_layers))["cpu"] <= free["cpu"]
 
-    # Trying every number would take too long for a refusal that is to come at once.
+    # Trying every number would take too long: the refusal should come at once.
     fewest = plan.args.n_layers - largest(plan.args.n_layers, gpus_suffice)
     most = largest(plan.args.n_layers, host_suffices)
     return plan._replace(cpu_layers=min(max(plan.cpu_layers, fewest), most))
@@ -208,7 +208,7 @@ def with_smallest_cache(plan: Plan) -> Plan:
 
 
 def with_largest_cache(plan: Plan, asked: ModelArgs, free: dict[str, int]) -> Plan:
-    """The plan with as many of the rows asked for as fit, or else with one row, as long as fits."""
+    """The plan with as many full-length rows as fit or, if none does, one row as long as fits."""
 
     def with_cache(rows: int, length: int) -> Plan:
         return plan._replace(args=replace(asked, max_batch_size=rows, max_seq_len=length))
@@ -221,9 +221,15 @@ def with_largest_cache(plan: Plan, asked: ModelArgs, free: dict[str, int]) -> Pl
 
 def largest(limit: int, suffices: Callable[[int], bool]) -> int:
     """The largest number up to limit that suffices, as all smaller ones do; 0 if none does."""
-    # The keys are False, ..., False, True, ...: the index of the first number that does not
-    # suffice is the count of those that do, and these are 1, 2, ...
-    return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not suffices(n))
+    enough = 0
+    too_many = limit + 1
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        if suffices(middle):
+            enough = middle
+        else:
+            too_many = middle
+    return enough
 
 
 def describe_changes(plan: Plan, other: Plan) -> str:
@@ -291,18 +297,18 @@ def gigabytes(size: int) -> str:
 class Sizes(NamedTuple):
     """Bytes of the parts of a model."""
 
-    expert: int  # one of one layer
-    shared: int  # all weights that are not experts'
-    cached_token: int  # keys and values of a token in all layers
-    rotary_factors: int  # those of one position
+    expert: int  # one expert in one layer
+    shared: int  # all weights outside the experts
+    cached_token: int  # keys and values of one token in all layers
+    rotary_factors: int  # of one position
 
 
 @functools.cache
 def count_bytes(args: ModelArgs, dtype: torch.dtype, int8: bool) -> Sizes:
-    """Count the bytes of a model whose cache holds one token.
+    """Count the bytes of each part of a model, given args with a cache of one token.
 
-    They are those of the tensors of a model of one layer on the device "meta", where tensors
-    have no memory.
+    The tensors counted are those of a one-layer model on the device "meta", where tensors have no
+    memory.
     """
     model = Transformer(replace(args, n_layers=1), ["meta"], dtype, int8=int8)
     experts = 0
@@ -327,10 +333,10 @@ def count_bytes(args: ModelArgs, dtype: torch.dtype, int8: bool) -> Sizes:
 
 
 def release_unused(devices: Sequence[str]) -> None:
-    """Give back what a model that was deleted still holds on GPUs.
+    """Free what a deleted model still holds on GPUs.
 
-    Objects that refer to each other stay until Python looks for such circles, and PyTorch
-    keeps the memory of freed tensors. A process that has used no GPU is spared the search,
+    Objects in reference cycles stay until Python's garbage collector runs, and PyTorch keeps the
+    memory of freed tensors for itself. A process that has used no GPU is spared the collection,
     which takes up to 0.2 s.
     """
     if any(torch.cuda.memory_reserved(device) for device in devices):
@@ -372,12 +378,11 @@ def free_host_memory(root: Path = Path("/")) -> int:
 
 
 def control_groups(root: Path) -> Iterator[tuple[Path, GroupFiles]]:
-    """The folders of the control groups that this process is in, and of all above them.
+    """The folders of this process's control groups and of all groups above them.
 
-    With each comes which files it has, as its version of control groups decides.
-
-    A container sees the folder of its own group as the topmost one, while the path that the
-    kernel names may be the one outside.
+    Each comes with the names of its files, which depend on the version of control groups. Inside a
+    container the topmost folder is that of the container's own group, though the path that the
+    kernel reports may be the one outside.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()

@@ -62,9 +62,9 @@ class Row:
 class Mixtral:
     """A model and its tokenizer, which complete prompts one request at a time.
 
-    A request of another thread waits until the one before has ended. Within a thread, a new
-    request takes over from a stream that was left unfinished, which then raises RuntimeError if
-    it is continued.
+    A request from another thread waits until the current one has ended. Within a thread, a new
+    request takes the cache from a stream that was left unfinished; continuing that stream then
+    raises RuntimeError.
     """
 
     @staticmethod
@@ -86,8 +86,8 @@ class Mixtral:
         The experts of the last cpu_layers layers stay in host memory. If int8, all experts are
         rounded to 8 bits, with a scale for each row.
 
-        Raises FileNotFoundError, ValueError or RuntimeError with a readable message before any
-        weight is read.
+        Raises FileNotFoundError, ValueError or RuntimeError with a readable message: before any
+        weight is read, unless it is the weights themselves that are damaged.
         """
         begin = time.time()
         devices = find_devices(num_gpus)
@@ -133,23 +133,23 @@ class Mixtral:
         logprobs: bool = False,
         echo: bool = False,
     ) -> tuple[list[list[int]], list[list[float]] | None]:
-        """Each prompt's continuation, with echo after the prompt, and log-probabilities.
+        """Return each prompt's continuation, and its log-probabilities if asked for, else None.
 
-        A row ends before a token of stop_ids, after max_gen_len tokens if given, or at
-        max_seq_len. The log-probabilities are the model's own, before temperature and top_p, and 0
-        for a prompt's first token. Raises ValueError as check_request does, and RuntimeError if the
-        logits are not finite.
+        With echo, the prompt comes before its continuation. A row ends before a token of stop_ids,
+        after max_gen_len tokens if given, or at max_seq_len. The log-probabilities are the model's
+        own, before temperature and top_p, and 0 for a prompt's first token. Raises ValueError as
+        check_request does, and RuntimeError if the logits are not finite.
         """
         check_request(prompt_tokens, self.model.params, temperature, top_p, max_gen_len)
         sampling = Sampling(temperature, top_p, max_gen_len)
         tokens: list[list[int]] = [[] for _ in prompt_tokens]
-        values: list[list[float]] = [[] for _ in prompt_tokens]
+        token_logprobs: list[list[float]] = [[] for _ in prompt_tokens]
         for step in self._steps(prompt_tokens, sampling, logprobs, echo):
             tokens[step.row].append(step.token)
-            values[step.row].append(step.logprob)
+            token_logprobs[step.row].append(step.logprob)
         if not logprobs:
             return tokens, None
-        return tokens, values
+        return tokens, token_logprobs
 
     @torch.inference_mode()
     def _steps(
@@ -159,27 +159,27 @@ class Mixtral:
         logprobs: bool = False,
         echo: bool = False,
     ) -> Iterator[Step]:
-        """The tokens of all rows as they come, with echo those of the prompts first."""
+        """Yield the tokens of all rows as they come; with echo, the prompts' tokens come first."""
         if not prompts:
             return
         request = self.owner.take()
         try:
-            logits, values = self._prefill(prompts, logprobs and echo)
+            logits, token_logprobs = self._prefill(prompts, logprobs and echo)
             if echo:
                 for row, prompt in enumerate(prompts):
-                    for token, value in zip(prompt, values[row]):
-                        yield Step(row, token, value)
+                    for token, logprob in zip(prompt, token_logprobs[row]):
+                        yield Step(row, token, logprob)
                         self._check_cache(request)
             lengths = [len(prompt) for prompt in prompts]
             for step in self._decode(logits, lengths, sampling, logprobs):
                 yield step
                 self._check_cache(request)
         finally:
-            self.owner.leave(request)
+            self.owner.release(request)
 
     def _check_cache(self, request: int) -> None:
         """Raise RuntimeError if the cache is no longer this request's."""
-        self.owner.keep(request)
+        self.owner.check(request)
         if self.model.n_passes != self.first_row.n_passes:
             raise RuntimeError("the model was used between two tokens of this request")
 
@@ -192,7 +192,7 @@ class Mixtral:
         its tokens, or zeros if these are not wanted.
         """
         last: dict[int, Tensor] = {}  # (vocab,) after what has been read of each row
-        values = [[0.0] * len(prompt) for prompt in prompts]
+        token_logprobs = [[0.0] * len(prompt) for prompt in prompts]
         start = 0
         if len(prompts) == 1 and not logprobs:
             start = self.first_row.known_prefix(self.model, prompts[0])
@@ -213,10 +213,10 @@ class Mixtral:
                 if logprobs:
                     begin = span.start + 1  # logits are about the token after
                     following = prompts[span.row][begin : begin + span.length]
-                    values[span.row][begin : begin + span.length] = log_probabilities(
+                    token_logprobs[span.row][begin : begin + span.length] = log_probabilities(
                         part[: len(following)], following
                     )
-        return torch.stack([last[row] for row in range(len(prompts))]), values
+        return torch.stack([last[row] for row in range(len(prompts))]), token_logprobs
 
     def _decode(
         self, logits: Tensor, lengths: list[int], sampling: Sampling, logprobs: bool
@@ -240,33 +240,34 @@ class Mixtral:
             spans = [Span(row.index, row.length, 1) for row in rows]
             for row in rows:
                 row.length += 1
-            ahead = logits.is_cuda and any(row.length < row.end for row in rows)
-            if ahead:
+            ran_ahead = logits.is_cuda and any(row.length < row.end for row in rows)
+            if ran_ahead:
                 logits = self._forward(tokens, spans)
 
             on_host = wait()
             check_finite(sum(on_host["sums"]))
-            if ahead:  # also the tokens of rows that have ended are in the cache
+            if ran_ahead:  # the cache has the tokens of rows that have ended, too
                 self.first_row.after_pass(spans, on_host["tokens"])
-            kept: list[int] = []  # the places in the batch of rows that go on
+            going_on: list[int] = []  # indices into rows
             for i, (row, token) in enumerate(zip(rows, on_host["tokens"])):
                 if token in self.stop_ids:
                     continue
                 yield Step(row.index, token, on_host["logprobs"][i] if logprobs else 0.0)
                 if row.length < row.end:
-                    kept.append(i)
+                    going_on.append(i)
 
-            # A CPU now runs the rows that go on. A GPU has run all; the ended ones are dropped.
-            if kept and not ahead:
-                spans = [spans[i] for i in kept]
-                logits = self._forward(tokens[kept], spans)
-                self.first_row.after_pass(spans, [on_host["tokens"][i] for i in kept])
-            elif kept and len(kept) < len(rows):
-                logits = logits[send(torch.tensor(kept, device="cpu"), logits.device)]
-            rows = [rows[i] for i in kept]
+            if not going_on:
+                return
+            if not ran_ahead:  # a CPU runs only the rows that go on
+                spans = [spans[i] for i in going_on]
+                logits = self._forward(tokens[going_on], spans)
+                self.first_row.after_pass(spans, [on_host["tokens"][i] for i in going_on])
+            elif len(going_on) < len(rows):  # a GPU has run all rows: drop those that have ended
+                logits = logits[send(torch.tensor(going_on, device="cpu"), logits.device)]
+            rows = [rows[i] for i in going_on]
 
     def _forward(self, tokens: Tensor, spans: list[Span], last_only: bool = False) -> Tensor:
-        """model.forward_packed, which keeps first_row up to date but for the new tokens."""
+        """model.forward_packed. The caller tells first_row.after_pass the tokens, once known."""
         self.first_row.before_pass(self.model, spans)
         logits = self.model.forward_packed(tokens, spans, last_only=last_only)
         self.first_row.n_passes = self.model.n_passes
@@ -276,7 +277,7 @@ class Mixtral:
         if sampling.temperature < 1e-6:  # too small to divide by
             return logits.argmax(dim=-1)
         probs = torch.softmax(logits / float(sampling.temperature), dim=-1)
-        return sample_top_p(probs, sampling.top_p, self.rng).flatten()
+        return sample_top_p(probs, sampling.top_p, self.rng)
 
     def text_completion(
         self,
@@ -302,15 +303,15 @@ class Mixtral:
         logprobs: bool,
         echo: bool = False,
     ) -> list[CompletionPrediction]:
-        tokens, values = self.generate(
+        tokens, token_logprobs = self.generate(
             prompt_tokens, max_gen_len, temperature, top_p, logprobs, echo
         )
         predictions: list[CompletionPrediction] = []
         for row, ids in enumerate(tokens):
             prediction = CompletionPrediction(generation=self.tokenizer.decode(ids))
-            if values is not None:
+            if token_logprobs is not None:
                 prediction["tokens"] = [self.tokenizer.decode([token]) for token in ids]
-                prediction["logprobs"] = values[row]
+                prediction["logprobs"] = token_logprobs[row]
             predictions.append(prediction)
         return predictions
 
@@ -378,8 +379,8 @@ class Mixtral:
 class FirstRow:
     """The tokens in row 0 of the cache, so that a conversation's next turn reads only what is new.
 
-    tokens[p] is what position p of the row holds, as long as the model has made n_passes. If it
-    has made a pass that was not the generator's, nothing is known any more.
+    tokens[p] is the token at position p. It holds while n_passes is the model's own count: if they
+    differ, something else has run the model, and the contents of the row are unknown.
     """
 
     def __init__(self) -> None:
@@ -401,7 +402,7 @@ class FirstRow:
         return length
 
     def before_pass(self, model: Transformer, spans: list[Span]) -> None:
-        """Forget what a pass is to overwrite, and everything if someone else used the model."""
+        """Forget what the pass will overwrite, or everything if something else ran the model."""
         if model.n_passes != self.n_passes:
             self.tokens.clear()
         for span in spans:
@@ -409,7 +410,7 @@ class FirstRow:
                 del self.tokens[span.start :]
 
     def after_pass(self, spans: list[Span], tokens: list[int]) -> None:
-        """Remember what a pass has written to row 0, which is in its first span if in any."""
+        """Remember what a pass has written to row 0. Only its first span can be of that row."""
         first = spans[0]
         if first.row == 0 and first.start == len(self.tokens):
             self.tokens += tokens[: first.length]
@@ -424,7 +425,7 @@ class CacheOwner:
         self.thread: threading.Thread | None = None
 
     def take(self) -> int:
-        """Begin a request, once no other thread's is under way: its number."""
+        """Wait until no other thread has a request under way, begin one, and return its number."""
         with self.changed:
             me = threading.current_thread()
             while self.thread not in (None, me) and self.thread.is_alive():
@@ -433,14 +434,14 @@ class CacheOwner:
             self.thread = me
             return self.request
 
-    def keep(self, request: int) -> None:
+    def check(self, request: int) -> None:
         """Raise RuntimeError if another request has taken the cache."""
         with self.changed:
             if request != self.request:
-                raise RuntimeError("another request has the cache: finish one first")
+                raise RuntimeError("another request has taken the cache: this one cannot go on")
             self.thread = threading.current_thread()  # a stream may move to another
 
-    def leave(self, request: int) -> None:
+    def release(self, request: int) -> None:
         with self.changed:
             if request == self.request:
                 self.thread = None
@@ -448,9 +449,9 @@ class CacheOwner:
 
 
 def attach_decoder(model: Transformer) -> None:
-    """Compile and record what makes GPUs fast, before the first prompt: see decode.py.
+    """On GPUs, give the model its fast decode step (see decode.py), before the first prompt.
 
-    If that fails, the reason is logged, and all runs in plain PyTorch.
+    If that fails, the reason is logged, and decoding runs in plain PyTorch.
     """
     if model.device.type != "cuda" or model.decoder is not None:
         return
@@ -478,8 +479,10 @@ def check_vocabulary(tokenizer_path: str | Path, n_words: int, vocab_size: int) 
     """Raise ValueError if the tokenizer cannot belong to a checkpoint with this vocabulary."""
     # Some checkpoints round the number of their tokens up to a multiple of 64 or 128.
     if not 0 <= vocab_size - n_words < 128:
-        sizes = f"{n_words} tokens, the checkpoint {vocab_size}"
-        raise ValueError(f"{tokenizer_path} has {sizes}: use the one beside it")
+        raise ValueError(
+            f"{tokenizer_path} has {n_words} tokens, the checkpoint {vocab_size}: "
+            "use the checkpoint's own tokenizer"
+        )
     if vocab_size > n_words and vocab_size % 64:
         logger.warning(
             "the last %d tokens have no name: is added_tokens.json missing beside %s?",
@@ -513,17 +516,17 @@ def check_request(
 
 def check_prompt(name: str, tokens: list[int], args: ModelArgs) -> None:
     if not isinstance(tokens, (list, tuple)):
-        kind = type(tokens).__name__
-        raise ValueError(f"{name} must be a list of token ids, not of type {kind}")
+        raise ValueError(f"{name} must be a list of token ids, not a {type(tokens).__name__}")
     if not tokens:
         raise ValueError(f"{name} has no tokens: begin it with bos")
     if len(tokens) > args.max_seq_len:
-        count = f"{len(tokens)} tokens, max_seq_len is {args.max_seq_len}"
-        raise ValueError(f"{name} has {count}: raise max_seq_len or shorten the prompt")
+        raise ValueError(
+            f"{name} has {len(tokens)} tokens, max_seq_len is {args.max_seq_len}: "
+            "raise max_seq_len or shorten the prompt"
+        )
     for token in tokens:
         if type(token) is not int or not 0 <= token < args.vocab_size:
-            what = f"{str(token)!r:.40} is not a token id of this vocabulary"
-            raise ValueError(f"{name}: {what}")
+            raise ValueError(f"{name}: {str(token)!r:.40} is not a token id of this vocabulary")
 
 
 def is_dialog(messages: Sequence) -> bool:
@@ -541,7 +544,7 @@ def chat_prediction(prediction: CompletionPrediction) -> ChatPrediction:
 
 
 def passes(prompts: list[list[int]], size: int, start: int = 0) -> Iterator[list[Span]]:
-    """Lay the prompts end to end, each from start on, and cut them into passes of size tokens."""
+    """Lay the prompts, each from token `start` on, end to end in passes of `size` tokens."""
     spans: list[Span] = []
     room = size
     for row, prompt in enumerate(prompts):
@@ -572,7 +575,7 @@ def unfinished_rows(lengths: list[int], max_gen_len: int | None, max_seq_len: in
 
 
 def start_copies(tensors: dict[str, Tensor]) -> Callable[[], dict[str, list]]:
-    """Copy tensors of one device to the host; the returned function waits, and reads them."""
+    """Start to copy tensors of one device to the host; the returned function waits for them."""
     copies = {name: tensor.to("cpu", non_blocking=True) for name, tensor in tensors.items()}
     device = next(iter(tensors.values())).device
     copied = None
@@ -589,8 +592,9 @@ def start_copies(tensors: dict[str, Tensor]) -> Callable[[], dict[str, list]]:
 
 def check_finite(total: float) -> None:
     if not math.isfinite(total):
-        what = "the weights are damaged, or too large for float16"
-        raise RuntimeError(f"the logits are not finite: {what}")
+        raise RuntimeError(
+            "the logits are not finite: the weights are damaged, or too large for float16"
+        )
 
 
 def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -604,16 +608,16 @@ def log_probabilities(logits: Tensor, tokens: list[int]) -> list[float]:
     return log_probability(logits, targets.to(logits.device)).tolist()
 
 
-def sample_top_p(probs: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token for each row, (bsz, 1), from the likeliest tokens that have p together.
+def sample_top_p(probs: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """Draw a token for each row, (bsz,), from the likeliest tokens, as many as it takes to reach p.
 
-    Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). The draw is a
-    race of exponential clocks, which token i wins with probability p_i. Unlike
-    torch.multinomial it does not make the host wait for a GPU.
+    Nucleus sampling (https://arxiv.org/abs/1904.09751) from probs (bsz, vocab). Each token has an
+    exponential clock of rate probs[i], and the first one to ring is drawn. Unlike
+    torch.multinomial this does not make the host wait for a GPU.
     """
     if p < 1:
         ordered, indices = probs.sort(dim=-1, descending=True)
         beyond = ordered.cumsum(dim=-1) - ordered > p
         probs = probs.scatter(-1, indices, ordered.masked_fill(beyond, 0.0))
     clocks = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / clocks).argmax(dim=-1, keepdim=True)
+    return (probs / clocks).argmax(dim=-1)

@@ -5,9 +5,9 @@ cache. Tensors are dense and on the current device. The functions here read no v
 the device, so that a CUDA graph can hold a whole step, and they compile no kernel anew for
 another number of tokens. Sums are float32.
 
-Names: T is the number of tokens. A kernel runs as many programs at once, and its docstring says
-what the program with these indices computes. Arguments that end in _ptr are pointers; arguments in
-capitals are numbers that a kernel is compiled for.
+Names: T is the number of tokens. A kernel runs as many programs in parallel, told apart by their
+indices in its grid; its docstring says what one of them computes. Arguments that end in _ptr are
+pointers; arguments in capitals are numbers that a kernel is compiled for.
 """
 
 import functools
@@ -24,9 +24,9 @@ from triton.language import constexpr
 
 # How weights are read. A program sums the products of ROWS_PER_PROGRAM rows, a tile of columns at
 # a time, and each of its threads copies 16 bytes of each row to shared memory: 16 KB per tile.
-# While one tile is summed, STAGES - 1 more are on their way: 32 KB per program. From 3 to 5
-# programs fit on a multiprocessor, and about 30 KB there hide the latency of memory. More rows
-# would share each read of x, which comes from L2, but make fewer programs.
+# While one tile is summed, STAGES - 1 more are on their way: 32 KB per program. A multiprocessor
+# holds 3 to 5 programs, and needs only about 30 KB on their way to hide the latency of memory. More
+# rows per program would share each read of x, which comes from L2, but leave fewer programs.
 ROWS_PER_PROGRAM = 8
 STAGES = constexpr(3)
 WARPS = 4
@@ -436,10 +436,10 @@ def _softmax_over(
         k = tl.load(key_ptrs + offsets, inside, other=0.0).to(q.dtype)  # (BLOCK, D_PAD)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(at[None, :] < end, scores, float("-inf"))  # (REP_PAD, BLOCK)
-        higher = tl.maximum(best, tl.max(scores, 1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(best - higher)  # what is summed so far was relative to best
-        best = higher
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)  # what is summed so far is relative to best
+        best = new_best
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(value_ptrs + offsets, inside, other=0.0).to(q.dtype)
         acc = tl.dot(weights.to(q.dtype), v, acc * shrink[:, None], input_precision="ieee")
@@ -489,11 +489,11 @@ def attention(
     n_tokens, heads, head_dim = q.shape
     _, max_seq_len, kv_heads, _ = cache_k.shape
     n_rep = heads // kv_heads
-    # The sides of a tensor-core tile are powers of 2 from 16 on.
+    # The sides of a tensor-core tile are powers of 2 and at least 16.
     rep_pad = max(16, next_power_of_2(n_rep))
     dim_pad = max(16, next_power_of_2(head_dim))
-    # A block is 8 KB of keys and 8 KB of values, and three blocks are on their way: 4 programs fit
-    # on a multiprocessor. Splits are chosen to reach that many.
+    # A block is 8 KB of keys and 8 KB of values, and a program has three of them on their way, so
+    # that 4 programs fit on a multiprocessor. The number of splits is chosen to reach that many.
     block = max(16, 8192 // (dim_pad * q.element_size()))
     splits = 4 * _multiprocessors(q.device) // (n_tokens * kv_heads)
     splits = max(1, min(splits, cdiv(max_seq_len, block), MAX_SPLITS.value))
@@ -557,7 +557,7 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], *args: Any, **opti
 def _launch_by_rows(
     kernel: triton.JITFunction, weight: Tensor, rows: int, n_first: int, *args: Any, **sizes: int
 ) -> None:
-    """Launch n_first programs for each `rows` rows of the weight (..., M, K)."""
+    """Launch a grid of n_first programs by one for every `rows` rows of weight (..., M, K)."""
     m, k = weight.shape[-2:]
     per_thread = 16 // weight.element_size()  # numbers in the 16 bytes that a thread copies
     block_k = min(32 * WARPS * per_thread, max(per_thread, next_power_of_2(k)))

@@ -1,9 +1,9 @@
 """Mixtral: Llama's transformer with a sparse mixture of experts in every layer.
 
 It reads from top to bottom: attention as in Llama 2, `MoE` in the place of the feed-forward
-layer, and `Transformer`. The T tokens of a pass, of one row of the cache or of many, lie end
-to end in one (T, dim) tensor without padding. This is plain PyTorch for any device; decode.py
-makes GPUs fast at one new token per row.
+layer, and `Transformer`. The T tokens of a pass may belong to one row of the cache or to many;
+they lie end to end in one (T, dim) tensor, without padding. This is plain PyTorch for any
+device; on GPUs, decode.py is the fast way to compute one new token per row.
 """
 
 import functools
@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # cuDNN's is left out: it makes a new plan for every length of a prompt.
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+ATTENTION_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-# A GPU processes slices of at least so many tokens even if their expert is in host memory. Its
-# weights, 352 MB in 8x7B, cross in 30 to 60 ms, in which a processor of 1 TFLOP/s processes
-# about as many tokens. (An estimate, not measured.)
-MOVE_WEIGHTS = 128
+# If an expert is in host memory, its weights are sent to the GPU for a slice of at least this many
+# tokens. Sending them, 352 MB in 8x7B, takes 30 to 60 ms; a CPU of 1 TFLOP/s processes about this
+# many tokens in that time. (An estimate, not measured.)
+TOKENS_TO_MOVE_WEIGHTS = 128
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,10 @@ class Place(NamedTuple):
 
 
 class Fixed(nn.Module):
-    """A module whose parameters may be slices of larger tensors that products use as a whole.
+    """A module whose parameters may be slices of larger tensors, which products use as a whole.
 
-    They can be filled in place, but not replaced, since the larger tensor would stay as it was:
-    .to(), .float() and load_state_dict(assign=True) raise RuntimeError.
+    Fill the parameters in place. Replacing them would leave the larger tensor as it was, so .to(),
+    .float() and load_state_dict(assign=True) raise RuntimeError.
     """
 
     def _apply(self, fn: Callable, recurse: bool = True) -> NoReturn:
@@ -154,8 +154,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 def linear_few_rows(x: Tensor, weight: Tensor) -> Tensor:
     """linear() with the weight as the left matrix, which AMX reads as it lies in memory.
 
-    A right matrix is repacked by oneDNN at every call. On an Intel Xeon with AMX, products with
-    8x7B's matrices take 0.5 to 0.8 of the time up to 64 rows, and the numbers are the same.
+    oneDNN repacks a right matrix at every call. On an Intel Xeon with AMX this way takes 0.5 to
+    0.8 of the time for 8x7B's matrices and up to 64 rows, and the results are identical.
     """
     columns = x.t()  # (in_features, T)
     if len(x) == 1:
@@ -164,10 +164,10 @@ def linear_few_rows(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def linear_one_row(x: Tensor, weight: Tensor) -> Tensor:
-    """linear() by PyTorch's own kernel in place of oneDNN.
+    """linear() with PyTorch's own kernel instead of oneDNN's.
 
-    On an AMD Zen 4 core it reads 21 GB/s of a weight in bfloat16, and oneDNN, which repacks the
-    weight, 10. From two rows on oneDNN is as fast or faster.
+    On one AMD Zen 4 core it reads a bfloat16 weight at 21 GB/s. oneDNN repacks the weight and
+    reaches 10 GB/s; from two rows on it is as fast or faster.
     """
     onednn = torch.backends.mkldnn
     onednn.enabled = False  # type: ignore[assignment]  # mypy does not see that it is a property
@@ -180,7 +180,7 @@ def linear_one_row(x: Tensor, weight: Tensor) -> Tensor:
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """linear() for a weight whose rows are multiplied by scale (out_features,)."""
     # PyTorch's 8-bit product has no GPU kernel, is slow for many rows, and reads rows in steps of
-    # 16 bytes, even beyond their end.
+    # 16 bytes, beyond the end of a row whose length is not a multiple of 16.
     if x.is_cuda or len(x) > 32 or weight.shape[1] % 16:
         return F.linear(x, weight.to(x.dtype).mul_(scale[:, None]))
     return torch._weight_int8pack_mm(x, weight, scale)
@@ -249,8 +249,8 @@ class Attention(nn.Module):
             # queries of it: keys are read once.
             q = q.view(1, self.n_kv_heads, -1, self.head_dim)  # (1, n_kv_heads, n_rep, head_dim)
             return F.scaled_dot_product_attention(q, k[None], v[None]).reshape(1, -1)
-        # Axis 0 counts the n_rep query heads that share a key head, as if they were a batch: keys
-        # expand to it without a copy.
+        # Axis 0 is the n_rep query heads that share a key head. It serves as a batch axis, along
+        # which keys and values expand without a copy.
         q = q.unflatten(1, (self.n_kv_heads, -1))  # (length, n_kv_heads, n_rep, head_dim)
         q = q.permute(2, 1, 0, 3)  # (n_rep, n_kv_heads, length, head_dim)
         k = k.expand(len(q), -1, -1, -1)  # (n_rep, n_kv_heads, end, head_dim)
@@ -264,15 +264,15 @@ class Attention(nn.Module):
 
 
 def causal_lower_right(length: int, end: int) -> Tensor:
-    """The mask of the last `length` of `end` positions, each of which sees what is before it."""
-    # Importing it takes two seconds, which short prompts should not wait for.
+    """A mask for the last `length` of `end` positions: each sees itself and all before it."""
+    # This import takes one or two seconds, and a prompt that is read in one pass needs no mask.
     from torch.nn.attention import bias
 
     return bias.causal_lower_right(length, end)
 
 
 class FeedForward(nn.Module):
-    """One expert, a SwiGLU: https://arxiv.org/abs/2002.05202."""
+    """One expert, a SwiGLU network: https://arxiv.org/abs/2002.05202."""
 
     def __init__(self, w1: Linear, w2: Linear, w3: Linear):
         super().__init__()
@@ -284,14 +284,14 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(self.w1(x), inplace=True).mul_(self.w3(x)))
 
     def bring(self, x: Tensor) -> Tensor:
-        """x, moved to where the weights are, unless moving the weights to x is cheaper."""
+        """x on the weights' device, or where it is if moving the weights to x is cheaper."""
         device = self.w1.weight.device
-        weights_move = device.type == "cpu" and len(x) >= MOVE_WEIGHTS
+        weights_move = device.type == "cpu" and len(x) >= TOKENS_TO_MOVE_WEIGHTS
         return x if weights_move else x.to(device)
 
 
 class Stack(NamedTuple):
-    """The n experts of one place, as tensors of which each expert has a slice."""
+    """The weights of the n experts of one place: each expert has a slice of each tensor."""
 
     first: int  # the id of the first of them
     w1: Tensor  # (n, hidden_dim, dim)
@@ -324,7 +324,7 @@ def empty_stack(
 
 
 def deal(n_experts: int, n_places: int) -> list[int]:
-    """How many experts each place gets: as equal as can be, the first ones one more."""
+    """How many experts each place gets: as equal as can be, with one more for the first places."""
     least, more = divmod(n_experts, n_places)
     return [least + 1] * more + [least] * (n_places - more)
 
@@ -339,14 +339,14 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k = args.num_experts_per_tok
         self.gate = Linear(place.empty(args.num_experts, args.dim))
-        self.stacks: list[Stack] = []  # in the order of devices; none if in host memory
+        self.stacks: list[Stack] = []  # one per GPU that has experts of this layer
         experts: list[FeedForward] = []
-        for each, n in zip(expert_places, deal(args.num_experts, len(expert_places))):
+        for expert_place, n in zip(expert_places, deal(args.num_experts, len(expert_places))):
             first = len(experts)
-            stack = empty_stack(first, n, args, each, place.dtype)
+            stack = empty_stack(first, n, args, expert_place, place.dtype)
             experts += stack.experts()
-            # On the CPU the mapped files become the weights, and a stack is of no use.
-            if each.device.type == "cuda":
+            # On the CPU mapped files replace the weights: a stack would keep unused memory alive.
+            if expert_place.device.type == "cuda":
                 self.stacks.append(stack)
         self.experts = module_list(experts)
         self.grouped = len(expert_places) == 1 and has_grouped_mm(args, expert_places[0])
@@ -355,10 +355,10 @@ class MoE(nn.Module):
         return self.mix(x, self.gate(x)).type_as(x)
 
     def mix(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Each token's experts of x (T, dim), weighted and summed: float32 (T, dim)."""
+        """The weighted sum of each token's experts for x (T, dim): float32 (T, dim)."""
         top_logits, chosen = logits.float().topk(self.top_k)  # (T, top_k)
         weights = top_logits.softmax(dim=-1)
-        # Sorted by expert, the (token, choice) pairs of an expert are a slice.
+        # Once sorted by expert, the (token, choice) pairs of each expert are one slice.
         expert_of_pair, pairs = chosen.flatten().sort(stable=True)  # (T * top_k,)
         ids = torch.arange(len(self.experts), device=x.device)
         ends = torch.searchsorted(expert_of_pair, ids, right=True, out_int32=True)  # (num_experts,)
@@ -370,19 +370,19 @@ class MoE(nn.Module):
         return (out.view(*chosen.shape, -1) * weights[..., None]).sum(dim=1)
 
     def one_by_one(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """The slices of tokens, of which expert e's ends at ends[e], after their experts.
+        """Let each expert process its slice of tokens. Expert e's slice ends at ends[e].
 
-        tokens and the result are (T * top_k, dim), one row for each (token, choice) pair.
+        tokens and the result are (T * top_k, dim), with one row for each (token, choice) pair.
         """
         slices = tokens.tensor_split(ends.tolist()[:-1])  # the host waits for the ends
         used = [(expert, part) for expert, part in zip(self.experts, slices) if len(part)]
-        # Copies to all devices are made first, so that all of these work at the same time.
+        # All inputs are sent before any expert runs, so that the devices work at the same time.
         inputs = [expert.bring(part) for expert, part in used]
         outs = [expert(part) for (expert, _), part in zip(used, inputs)]
         return torch.cat([out.to(tokens.device) for out in outs])
 
     def all_at_once(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """one_by_one in three products, for which the host need not know the ends."""
+        """The same as one_by_one in three products, for which the host need not wait."""
         stack = self.stacks[0]
         gate = F.grouped_mm(tokens, stack.w1.mT, offs=ends)  # (T * top_k, hidden_dim)
         up = F.grouped_mm(tokens, stack.w3.mT, offs=ends)
@@ -390,7 +390,7 @@ class MoE(nn.Module):
 
 
 def has_grouped_mm(args: ModelArgs, place: Place) -> bool:
-    """Whether F.grouped_mm can process a place's experts without a wait of the host."""
+    """Whether F.grouped_mm can process a place's experts without making the host wait."""
     if place.device.type != "cuda" or place.dtype != torch.bfloat16:
         return False
     rows_are_aligned = args.dim % 8 == 0 and args.hidden_dim % 8 == 0  # to 16 bytes
@@ -415,7 +415,7 @@ def rms_norm(args: ModelArgs, place: Place) -> nn.RMSNorm:
 
 
 class DecodeStep(Protocol):
-    """A faster way to the logits after one new token in each of at most max_rows rows."""
+    """A faster way to compute logits for one new token per row, in at most max_rows rows."""
 
     max_rows: int
 
@@ -424,11 +424,12 @@ class DecodeStep(Protocol):
 
 
 class Transformer(Fixed):
-    """The whole model under the checkpoint's names; its weights are not yet filled.
+    """The whole model, with a checkpoint's parameter names. Its weights are still to be filled.
 
-    The experts of a layer are dealt out to the devices in order, or are in host memory in the
-    last cpu_layers layers; all else is on devices[0]. A device may be named more than once.
-    Raises ValueError if the devices cannot share the experts, or if another argument is invalid.
+    The experts of each layer are dealt out to the devices in order; those of the last cpu_layers
+    layers are in host memory instead. All other weights are on devices[0]. A device may be named
+    more than once. Raises ValueError if there are more devices than experts, or if an argument is
+    invalid.
     """
 
     freqs_cis: Tensor
@@ -444,8 +445,9 @@ class Transformer(Fixed):
         super().__init__()
         self.devices = [torch.device(device) for device in devices]
         if not 1 <= len(devices) <= params.num_experts:
-            shared = f"{params.num_experts} experts cannot be shared by {len(devices)} devices"
-            raise ValueError(shared)
+            raise ValueError(
+                f"{params.num_experts} experts cannot be shared by {len(devices)} devices"
+            )
         if len({device.type for device in self.devices}) > 1:
             raise ValueError(f"{self.devices} are not all of one type")
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -455,7 +457,7 @@ class Transformer(Fixed):
         self.params = params
         self.device = self.devices[0]
         self.decoder: DecodeStep | None = None  # attached by generation.py, made by decode.py
-        self.n_passes = 0  # so that a writer of the cache notices other writers
+        self.n_passes = 0  # so that a generator notices passes that it did not make
 
         place = Place(self.device, dtype)
         expert_dtype = torch.int8 if int8 else dtype
@@ -480,7 +482,8 @@ class Transformer(Fixed):
 
         start_pos is the position of each row's first token, or one for all rows; the tokens
         before it are in the cache. This is Llama's signature; generation.py has rows of
-        different lengths and calls forward_packed. Raises ValueError beyond the cache.
+        different lengths and calls forward_packed. Raises ValueError if the tokens do not
+        fit into the cache.
         """
         bsz, seqlen = tokens.shape
         starts = [start_pos] * bsz if isinstance(start_pos, int) else start_pos
@@ -488,7 +491,7 @@ class Transformer(Fixed):
             most = self.params.max_batch_size
             raise ValueError(f"{bsz} rows, {len(starts)} starts: max_batch_size is {most}")
         if min(starts, default=0) < 0 or max(starts, default=0) + seqlen > self.params.max_seq_len:
-            raise ValueError(f"{seqlen} tokens from {starts} on are beyond max_seq_len")
+            raise ValueError(f"{seqlen} tokens from positions {starts} on exceed max_seq_len")
         spans = [Span(row, start, seqlen) for row, start in enumerate(starts)]
         return self.forward_packed(tokens.flatten(), spans).view(bsz, seqlen, -1)
 
@@ -506,14 +509,14 @@ class Transformer(Fixed):
         for span in spans:
             row_of_token += [span.row] * span.length
             position_of_token += range(span.start, span.start + span.length)
-        where = torch.tensor([row_of_token, position_of_token], device="cpu")  # (2, T)
-        rows, positions = send(where, self.device)
+        indices = torch.tensor([row_of_token, position_of_token], device="cpu")  # (2, T)
+        rows, positions = send(indices, self.device)
         tokens = send(tokens, self.device)
         one_token_each = len(tokens) == len(spans)
         if self.decoder and one_token_each and len(spans) <= self.decoder.max_rows:
             return self.decoder(tokens, rows, positions)
         batch = Batch(spans, rows, positions, self.freqs_cis[positions, None])
-        with sdpa_kernel(ATTENTION):
+        with sdpa_kernel(ATTENTION_BACKENDS):
             h = self.tok_embeddings(tokens)  # (T, dim)
             for layer in self.layers:
                 h = layer(h, batch)
@@ -524,9 +527,9 @@ class Transformer(Fixed):
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """Copy x to device, asynchronously only towards a GPU.
+    """Copy x to device; only a copy to a GPU is asynchronous.
 
-    In the other direction the host could read the copy before it arrives.
+    The host could read an asynchronous copy from a GPU before it has arrived.
     """
     return x.to(device, non_blocking=device.type == "cuda")
 

@@ -1,7 +1,7 @@
 """Which experts the router chose for a text, as in Figure 8 of arXiv:2401.04088.
 
-`route` asks the model, `split` cuts the text into one piece for each token, and `show` and
-`svg` put each piece on the colour of its first expert, the one with the largest weight.
+`route` asks the model, `split` cuts the text into one piece for each token, and `show` and `svg`
+give each piece the background colour of its first expert, the one with the largest weight.
 """
 
 import os
@@ -27,11 +27,11 @@ def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
     and for ids that are not in the vocabulary.
     """
     check_request([tokens], model.params)
-    with gate_logits(model) as passes_of_layers:
+    with gate_logits(model) as logits_by_layer:
         for (span,) in passes([tokens], prefill_tokens(model.device)):
             part = tokens[span.start : span.start + span.length]
             model.forward_packed(torch.tensor(part, device="cpu"), [span], last_only=True)
-    layers = [torch.cat(passes_of_layer) for passes_of_layer in passes_of_layers]
+    layers = [torch.cat(logits_of_passes) for logits_of_passes in logits_by_layer]
     logits = torch.stack(layers).float()  # (n_layers, T, num_experts)
     top_logits, chosen = logits.topk(model.params.num_experts_per_tok)
     return chosen.cpu(), top_logits.softmax(dim=-1).cpu()
@@ -39,19 +39,19 @@ def route(model: Transformer, tokens: list[int]) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def gate_logits(model: Transformer) -> Iterator[list[list[Tensor]]]:
-    """Within this context, each forward pass adds its gates' logits to the lists given.
+    """Yield a list for each layer, to which every forward pass in the context adds gate logits.
 
-    There is a list for each layer, and a tensor (T, num_experts) in it for each pass.
+    Each pass appends one tensor (T, num_experts) to the list of each layer.
     """
     gates = [module.gate for module in model.modules() if isinstance(module, MoE)]
-    passes_of_layers: list[list[Tensor]] = [[] for _ in gates]
+    logits_by_layer: list[list[Tensor]] = [[] for _ in gates]
     hooks = []
     decoder = model.decoder
     model.decoder = None  # It replays recorded steps, in which hooks do not run.
     try:
-        for gate, passes_of_layer in zip(gates, passes_of_layers):
-            hooks.append(gate.register_forward_hook(append_output(passes_of_layer)))
-        yield passes_of_layers
+        for gate, logits_of_passes in zip(gates, logits_by_layer):
+            hooks.append(gate.register_forward_hook(append_output(logits_of_passes)))
+        yield logits_by_layer
     finally:
         model.decoder = decoder
         for hook in hooks:
@@ -134,7 +134,7 @@ LINE_END = Cell("\n", None)
 def cells(
     pieces: list[str], chosen: Tensor, n_experts: int, numbers: bool = False
 ) -> Iterator[Cell]:
-    """What is shown of the first and the last layer; if numbers, each expert's number too."""
+    """The cells of the first and the last layer; if numbers, each shows its expert's number."""
     # More experts than colours: two share one.
     numbered = numbers or n_experts > len(COLOURS)
     for layer in sorted({0, len(chosen) - 1}):
@@ -147,8 +147,8 @@ def cells(
 
 def header_cells(layer: int, experts: Tensor, n_experts: int) -> Iterator[Cell]:
     """A layer's figures: two lines, given the first expert (T,) of each token."""
-    same = experts.diff().eq(0).sum().item() / max(len(experts) - 1, 1)
-    title = f"Layer {layer}: {same:.1%} of neighbours share their first expert"
+    share = experts.diff().eq(0).sum().item() / max(len(experts) - 1, 1)
+    title = f"Layer {layer}: {share:.1%} of neighbours share their first expert"
     yield Cell(f"{title} ({1 / n_experts:.1%} by chance)", None)
     yield LINE_END
     yield Cell("Share of tokens: ", None)

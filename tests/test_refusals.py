@@ -107,9 +107,9 @@ BEFORE_LOADING += [
     (
         "D-sharded",
         own_names(PAGE_OF_HTML),
-        f"told without their index: .*{INDEX} is not a JSON object: download",
+        f"without a readable index .*: .*{INDEX} is not a JSON object: download",
     ),
-    ("D-sharded", own_names(b"{}"), f"index: .*{INDEX} has no weight_map: download"),
+    ("D-sharded", own_names(b"{}"), f"which files to read: .*{INDEX} has no weight_map: download"),
     ("D-sharded", own_names(b'{"weight_map": {"a": 1}}'), "'1', which is not a file's name"),
     ("D-sharded", own_names(b'{"weight_map": {"a": "/b"}}'), "'/b', which is not a file's name"),
     ("D-sharded", own_names(b'{"weight_map": {"a": ".."}}'), "'..', which is not a file's name"),
@@ -207,7 +207,7 @@ def test_refused_before_a_weight_is_read(copy_of, monkeypatch, layout, change, m
     folder = copy_of(layout)
     change(folder)
     recwarn.clear()
-    monkeypatch.setattr(checkpoint, "check_values", None)
+    monkeypatch.setattr(checkpoint, "is_pruned", None)
     monkeypatch.chdir(folder)
     assert re.search(message, refusal(folder))
     assert not recwarn and not (folder / "bomb").exists()
@@ -218,7 +218,7 @@ def test_tensors_of_the_hub(copy_of, monkeypatch, layout, name, value, message):
     path = copy_of(layout) / "model.safetensors"
     state = load_file(path)
     save_file(state | {name: value(state[name]).clone()}, path, metadata={"format": "pt"})
-    monkeypatch.setattr(checkpoint, "check_values", None)
+    monkeypatch.setattr(checkpoint, "is_pruned", None)
     assert re.search(message, refusal(path.parent))
 
 

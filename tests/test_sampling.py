@@ -33,8 +33,8 @@ def nucleus(probs: np.ndarray, p: float) -> np.ndarray:
 def draw(probs: np.ndarray, p: float, times: int = 20000) -> np.ndarray:
     rows = torch.tensor(probs, dtype=torch.float32).expand(times, -1)
     drawn = sample_top_p(rows, p, torch.Generator().manual_seed(0))
-    assert drawn.shape == (times, 1)
-    return drawn.flatten().numpy()
+    assert drawn.shape == (times,)
+    return drawn.numpy()
 
 
 def check_distribution(drawn: np.ndarray, right: np.ndarray):

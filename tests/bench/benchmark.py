@@ -212,10 +212,10 @@ class Benchmark:
         return lambda turn: work()
 
     def measure_rounds(self, result: Result, works: Mapping[str, TimedWork]) -> None:
-        """Run the works in turn, and keep the rounds in which no ceiling moved by half.
+        """Run the works in turn, until as many rounds are kept as the options want.
 
-        Those that are left out are made up for, as long as there are no more of them than of
-        those that are wanted.
+        A round in which a ceiling moved by more than half is left out and made up for, up to twice
+        that many rounds in all.
         """
         for name in works:
             result.seconds[name] = []
@@ -225,10 +225,9 @@ class Benchmark:
         for turn in range(2 * wanted):
             if kept == wanted:
                 break
-            # Who comes first after the ceilings is the slower for it, so that turns alternate.
+            # Whoever runs first after the ceilings is slowed down by that, so the order alternates.
             order = list(works) if turn % 2 == 0 else list(reversed(works))
-            measured = {name: seconds_of(partial(works[name], turn)) for name in order}
-            seconds = {name: measured[name] for name in works}
+            seconds = {name: seconds_of(partial(works[name], turn)) for name in order}
             self.measure_ceilings()
             result.rounds += 1
             if not all(ceilings.was_steady() for ceilings in self.ceilings):
@@ -338,7 +337,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--layers", type=int, help="only so many of the size's layers")
     add("--num-gpus", type=int, default=int(on_gpu), help="0 is the CPU")
     add("--int8", action="store_true", help="experts in 8 bits")
-    add("--cpu-layers", type=int, default=0, help="whose experts are in host memory")
+    add(
+        "--cpu-layers",
+        type=int,
+        default=0,
+        help="layers whose experts are in host memory",
+    )
     add("--repeats", type=int, default=3, help="rounds of a case")
     add("--json", metavar="FILE", help="for all that is measured")
     add("--vs", default="", help="run beside transformers,llama.cpp")

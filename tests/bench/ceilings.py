@@ -18,7 +18,7 @@ DATA_SHEETS = {
     "NVIDIA A100-SXM4-80GB": 2040,
     "NVIDIA A100-SXM4-40GB": 1560,
 }
-# By more than this factor a ceiling must not move while programs are compared.
+# A round is left out if a ceiling moved by more than this factor.
 STEADY = 1.5
 # The processor's features that PyTorch's and oneDNN's products choose between, as Linux calls
 # them, with the names that people use.

@@ -56,7 +56,7 @@ def weights_of(model: Transformer) -> dict[str, Tensor]:
 
 
 def draw_prompts(args: ModelArgs, rows: int, length: int, seed: int = 0) -> list[list[int]]:
-    # Of a seed, a generator for the CPU uses no more than 32 bits.
+    # A CPU generator uses only 32 bits of its seed.
     generator = torch.Generator().manual_seed(1_000_003 * seed + length)
     drawn = torch.randint(3, args.vocab_size, (rows, length), generator=generator)
     return drawn.tolist()
@@ -103,9 +103,9 @@ class Ours:
         return torch.stack(given)
 
     def seconds_to_generate(self, prompts: list[list[int]], steps: int) -> float:
-        """The time that generate takes for so many steps, once the prompts are read.
+        """The time that generate takes for this many steps, once the prompts are read.
 
-        Unlike decode this has sampling and the host's wait for each token.
+        Unlike decode, it includes sampling and the host's wait for each token.
         """
         begins = []
         forward_packed = self.model.forward_packed

@@ -2,7 +2,8 @@
 
 The parts run in order of importance, each as a process of its own with a time limit, so that one
 that fails or hangs does not stop the rest. What they print is shown as it comes, and FOLDER (by
-default the current one) receives it as a file for each part.
+default the current one) receives it as a file for each part. Beside it try_dot_kernels.py
+measures whether kernels that are not in use yet are faster.
 """
 
 import re
@@ -36,7 +37,7 @@ def plan(n_layers: int) -> list[Part]:
     benchmark = [str(ROOT / "tests/bench/benchmark.py"), "--size=8x7b", "--num-gpus=1"]
     benchmark += ["--prompts=2048", "--batches=1,4,16"]
     whole = [*benchmark, f"--layers={n_layers}", "--contexts=128,4096"]
-    # Beside transformers a third of the layers: so both models fit, with the same weights.
+    # Beside transformers only a third of the layers, so that both models fit and share weights.
     third = [*benchmark, f"--layers={max(1, n_layers // 3)}", "--contexts=128", "--steps=32"]
     return [
         *test_parts(),
@@ -78,7 +79,7 @@ def test_parts() -> list[Part]:
 
 
 def run(part: Part, seconds: int, folder: Path) -> int:
-    """Run a part for at most so long: its exit code, which is 124 if it was interrupted.
+    """Run a part for at most this many seconds. Returns its exit code, 124 if it was interrupted.
 
     An interrupt, unlike other signals, lets pytest show what has failed so far.
     """

@@ -61,9 +61,9 @@ def uninitialised() -> Iterator[None]:
 def transformers(
     model: Transformer, state: dict[str, Tensor], fill: Callable | None = None
 ) -> dict[str, Transformers]:
-    """transformers on these weights, in each of its two ways through the experts.
+    """transformers' model with these weights, once for each of its two expert implementations.
 
-    If fill is given, the model and its state are on meta: transformers' model is then made on
+    If fill is given, model and state are on the device "meta": transformers' model is then made on
     the GPU, and fill gives it weights.
     """
     from helpers.reference import to_transformers

@@ -73,7 +73,7 @@ def check_alike(ours: Mixtral, cpu: Mixtral, prompts: list, max_gen_len: int | N
 
 
 def check_ends(monkeypatch, gpu: Mixtral, max_gen_len: int | None) -> list[int]:
-    """At eos, at max_seq_len or after so many tokens; returns the numbers of new tokens."""
+    """Rows end at eos, max_seq_len or max_gen_len. Returns the number of new tokens in each."""
     monkeypatch.setattr(generation, "prefill_tokens", lambda device: 7)
     prompts = random_prompts([2, 31, 9, 1, 40])
     cpu = generator_of(random_transformer(ARGS))

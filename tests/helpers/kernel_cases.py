@@ -18,8 +18,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 compiled = pytest.mark.skipif(INTERPRETED, reason="only compiled kernels")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Of the largest value for the same token. The interpreter truncates to bfloat16, and a GPU rounds:
-# two units in the last place.
+# Relative to the token's largest value. For bfloat16, two units in the last place: the interpreter
+# truncates, and a GPU rounds.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
