@@ -290,7 +290,8 @@ class Mixtral:
         """Complete each prompt as generate() does, by default as far as there is room."""
         if not isinstance(prompts, (list, tuple)):
             raise ValueError(f"prompts must be a list, not a {type(prompts).__name__}")
-        tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        bos = self.tokenizer.add_bos
+        tokens = [self.tokenizer.encode(prompt, bos, eos=False) for prompt in prompts]
         return self._predict(tokens, max_gen_len, temperature, top_p, logprobs, echo)
 
     def _predict(
@@ -322,7 +323,7 @@ class Mixtral:
         max_gen_len: int | None = None,
     ) -> Iterator[str]:
         """text_completion's text for one prompt, in pieces as they come."""
-        tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
+        tokens = self.tokenizer.encode(prompt, self.tokenizer.add_bos, eos=False)
         new = self.stream_tokens(tokens, temperature, top_p, max_gen_len)
         return self.tokenizer.decode_stream(new)
 

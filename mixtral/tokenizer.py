@@ -1,12 +1,16 @@
 """Text to tokens and back, and the chat formats."""
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
 from sentencepiece import SentencePieceProcessor
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
 
 
 class Message(TypedDict):
@@ -21,12 +25,32 @@ START = "<|im_start|>"
 END = "<|im_end|>"
 
 
+# What chat templates can read, each being the name of a token.
+TEMPLATE_VARIABLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class TemplateFile(NamedTuple):
+    """A chat template, and the file that has it."""
+
+    path: Path
+    source: str
+
+
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
     added_tokens.json or tokenizer_config.json beside the model names the added tokens. bos_id and
     eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
-    Raises FileNotFoundError or ValueError if a file is not what it should be.
+    add_bos says whether the model expects bos before a text that it is to complete. Raises
+    FileNotFoundError or ValueError if a file is not what it should be.
     """
 
     def __init__(self, model_path: str | Path):
@@ -51,8 +75,11 @@ class Tokenizer:
         # By default, which is called legacy, each piece of text between added tokens is encoded as
         # SentencePiece encodes a whole text, with a space before it.
         self.legacy = bool(config.get("legacy", True))
+        self.add_bos = adds_bos(path.parent, config, self.pieces[self.bos_id])
+        self.template_file = read_chat_template(path.parent, config)
+        self.template_variables = template_variables(config, self.sp_model)
+        self.listed_ids = listed_pieces(config, self.sp_model)
         self.is_chatml = START in self.added_ids and END in self.added_ids
-        self.chatml_has_bos = template_has_bos(path.parent, config)
         self.is_v3 = self.sp_model.is_control(self.sp_model.piece_to_id("[INST]"))
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
@@ -67,14 +94,19 @@ class Tokenizer:
         if not self.added_ids:
             tokens += self.sp_model.encode(s)
         else:
-            # split() returns a piece of text, an added token, a piece of text, and so on.
-            for i, part in enumerate(self.added_pattern.split(s)):
-                if i % 2 == 1:
-                    tokens.append(self.added_ids[part])
-                else:
-                    tokens += self._encode_piece(part, is_first=i == 0)
+            tokens += self._encode_parts(self.added_pattern.split(s), self.added_ids)
         if eos:
             tokens.append(self.eos_id)
+        return tokens
+
+    def _encode_parts(self, parts: list[str], ids: Mapping[str, int]) -> list[int]:
+        """Encode a piece of text, the name of a token in ids, a piece of text, and so on."""
+        tokens = []
+        for i, part in enumerate(parts):
+            if i % 2 == 1:
+                tokens.append(ids[part])
+            else:
+                tokens += self._encode_piece(part, is_first=i == 0)
         return tokens
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
@@ -133,19 +165,54 @@ class Tokenizer:
         """Encode a dialog in the model's chat format, for the assistant to continue.
 
         No message can contain a control token or an added one: their names are letters in it.
-        Raises ValueError if the dialog is malformed.
+        Raises ValueError if the dialog is malformed or the checkpoint's chat template refuses it.
         """
         check_dialog(dialog)
-        if self.is_chatml:
-            return self._encode_chatml(dialog)
-        return self._encode_instruct(dialog)
+        return self._encode_format(dialog)
+
+    @functools.cached_property
+    def _encode_format(self) -> Callable[[Dialog], list[int]]:
+        """The method that encodes dialogs in the model's format: the chat template decides.
+
+        If that writes Mistral's format, mistral-common's spaces are taken and not the template's,
+        since the models were trained with them.
+        """
+        if self.template_file is None:
+            return self._encode_chatml if self.is_chatml else self._encode_instruct
+        from .chat import ChatTemplate  # imports Jinja
+
+        template = ChatTemplate(*self.template_file, self.template_variables, self._named_ids)
+        bos = self.pieces[self.bos_id]
+        eos = self.pieces[self.eos_id]
+        if template.is_instruct(bos, eos, self.is_v3):
+            return self._encode_instruct
+        return functools.partial(self._encode_by_template, template)
+
+    @functools.cached_property
+    def _named_ids(self) -> dict[str, int]:
+        """The tokens that a chat template can write, by name: those that are not text."""
+        ids = {}
+        for token, name in enumerate(all_pieces(self.sp_model)):
+            if self.sp_model.is_control(token) or self.sp_model.is_unknown(token):
+                ids[name] = token
+        return ids | self.listed_ids | self.added_ids
+
+    def _encode_by_template(self, template: "ChatTemplate", dialog: Dialog) -> list[int]:
+        """The text that a template writes, in which names of tokens are tokens."""
+        parts = template.split(dialog)
+        tokens = self._encode_parts(parts, self._named_ids)
+        # SentencePiece takes some pieces, called user-defined, for tokens in any text.
+        for name, token in self.listed_ids.items():
+            if tokens.count(token) > parts[1::2].count(name):
+                raise ValueError(f"a message cannot contain {name!r:.60}: it would be a token")
+        return tokens
 
     def _encode_chatml(self, dialog: Dialog) -> list[int]:
         """Each message as <|im_start|>role\\ncontent<|im_end|>\\n, and the next one's beginning."""
         start = self.added_ids[START]
         end = self.added_ids[END]
         newline = self._encode_piece("\n", is_first=False)
-        tokens = [self.bos_id] if self.chatml_has_bos else []
+        tokens = [self.bos_id]
         for message in dialog:
             text = f"{message['role']}\n{message['content']}"
             tokens += [start, *self._encode_piece(text, is_first=False), end, *newline]
@@ -291,14 +358,76 @@ def check_added_tokens(
             raise ValueError(f"{folder} adds {text!r:.60} as token {token}, {what}")
 
 
-def template_has_bos(folder: Path, config: dict) -> bool:
-    """Whether ChatML begins with bos, as it does unless the checkpoint's template lacks it."""
+def adds_bos(folder: Path, config: dict, bos: str) -> bool:
+    """Whether a text to complete begins with bos: tokenizer.json says so, or else config.
+
+    transformers takes these in the same order, but without either adds none since version 5.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return bool(config.get("add_bos_token", True))
+    processor = read_json(path).get("post_processor")
+    # It is one processor or a Sequence of several; one that adds bos has a template with its name.
+    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    return any(bos in str(step.get("single")) for step in steps)
+
+
+def read_chat_template(folder: Path, config: dict) -> TemplateFile | None:
+    """The checkpoint's chat template, or None if it has none."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return "bos_token" in path.read_text(encoding="utf-8", errors="replace")
-    # This is one template or a list of several, and in each of them bos is called bos_token.
+        try:
+            return TemplateFile(path, path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a readable text: download it again") from error
+    path = folder / "tokenizer_config.json"
     template = config.get("chat_template")
-    return template is None or "bos_token" in str(template)
+    if isinstance(template, list):  # one for each of several uses
+        template = default_of(template)
+    elif template is None:
+        return None
+    if not isinstance(template, str):
+        raise ValueError(f"{path}: chat_template is not a text, nor a list with a default one")
+    return TemplateFile(path, template)
+
+
+def default_of(templates: list) -> object:
+    for template in templates:
+        if isinstance(template, dict) and template.get("name") == "default":
+            return template.get("template")
+    return None
+
+
+def template_variables(config: dict, sp_model: SentencePieceProcessor) -> dict[str, str]:
+    """The names of special tokens that a chat template can read, as bos_token."""
+    variables = {
+        "bos_token": sp_model.id_to_piece(sp_model.bos_id()),
+        "eos_token": sp_model.id_to_piece(sp_model.eos_id()),
+        "unk_token": sp_model.id_to_piece(sp_model.unk_id()),
+    }
+    for variable in TEMPLATE_VARIABLES:
+        if variable not in config:
+            continue
+        name = config[variable]
+        if isinstance(name, dict):
+            name = name.get("content")
+        if isinstance(name, str):
+            variables[variable] = name
+        else:
+            variables.pop(variable, None)
+    return variables
+
+
+def listed_pieces(config: dict, sp_model: SentencePieceProcessor) -> dict[str, int]:
+    """SentencePiece's own pieces that are text to it, but that config lists as added tokens."""
+    listed = {}
+    for number, entry in (config.get("added_tokens_decoder") or {}).items():
+        token = int(number)
+        if token >= sp_model.vocab_size() or sp_model.is_control(token):
+            continue
+        if not sp_model.is_unknown(token) and sp_model.id_to_piece(token) == entry.get("content"):
+            listed[entry["content"]] = token
+    return listed
 
 
 def is_text(s: object) -> bool:

@@ -1,0 +1,179 @@
+"""A checkpoint's own chat template: a program in Jinja that writes a dialog as text."""
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+Messages = Sequence[Mapping[str, Any]]  # each has a role and a content
+
+# Code points of planes 15 and 16 have no meaning of their own.
+PRIVATE_USE = range(0xF0000, 0x110000)
+
+
+class ChatTemplate:
+    """The chat template that path has.
+
+    variables are what else it can read, as bos_token. names are those of the tokens that it can
+    write; in a message they are letters. Raises ValueError if source is not valid Jinja.
+    """
+
+    def __init__(
+        self, path: Path, source: str, variables: Mapping[str, str], names: Collection[str]
+    ):
+        self.path = path
+        self.template = compile_template(path, source)
+        self.variables = variables
+        self.letters = sorted(set("".join(names)))
+        self.reserved = {*source, *self.letters}
+        # The longest is tried first, for one name may begin another.
+        longest_first = sorted(names, key=len, reverse=True)
+        self.name_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def split(self, messages: Messages) -> list[str]:
+        """The text of a dialog: a piece of text, a token's name, a piece of text, and so on.
+
+        Raises ValueError if the template fails, or if a name would have letters of a message.
+        """
+        # In the names that messages have, stand-ins replace the letters, so that the pattern does
+        # not find them. The rest of a message stays as it is, for the template may look at it.
+        stand_ins = self._stand_ins(messages)
+
+        def replace_names(text: str) -> str:
+            return self.name_pattern.sub(lambda name: name[0].translate(stand_ins), text)
+
+        def replace_letters(text: str) -> str:
+            return text.translate(stand_ins)
+
+        parts = self._split(messages, replace_names)
+        # A template may join messages or cut something out of one, so that a name arises. None can
+        # if all letters of names are replaced, so that the same tokens must then be found.
+        if self._split(messages, replace_letters)[1::2] != parts[1::2]:
+            raise ValueError(f"{self.path}: the chat template makes a token of a message's text")
+        letters = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
+        return [part.translate(letters) for part in parts]
+
+    def _stand_ins(self, messages: Messages) -> dict[int, str]:
+        """For each letter of a name a character that occurs nowhere else."""
+        used = self.reserved.union(*(message["content"] for message in messages))
+        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
+        stand_ins = {ord(letter): stand_in for letter, stand_in in zip(self.letters, unused)}
+        if len(stand_ins) < len(self.letters):
+            raise ValueError("a dialog must leave some private-use characters unused")
+        return stand_ins
+
+    def _split(self, messages: Messages, change: Callable[[str], str]) -> list[str]:
+        changed = []
+        for message in messages:
+            changed.append({"role": message["role"], "content": change(message["content"])})
+        return self.name_pattern.split(self.render(changed))
+
+    def render(self, messages: Messages) -> str:
+        """The text of a dialog, for the assistant to continue."""
+        try:
+            return self.template.render(
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self.variables,
+            )
+        except Exception as error:  # A template is a program, which may raise anything.
+            why = one_line(error)
+            raise ValueError(f"{self.path}: the chat template refuses the dialog: {why}") from error
+
+    def is_instruct(self, bos: str, eos: str, is_v3: bool) -> bool:
+        """Whether it writes Mistral's format, in which v3 has the system message at another place.
+
+        What it writes tells, not how it is written: templates of this format have many wordings.
+        Their spaces differ, so these do not count, and many refuse a system message.
+        """
+        turns = [
+            {"role": "user", "content": "first"},
+            {"role": "assistant", "content": "answer"},
+            {"role": "user", "content": "last"},
+        ]
+        text = f"{bos}[INST]first[/INST]answer{eos}[INST]last[/INST]"
+        try:
+            if without_spaces(self.render(turns)) != text:
+                return False
+        except ValueError:
+            return False
+        user = "last" if is_v3 else "first"
+        try:
+            with_system = self.render([{"role": "system", "content": "system"}, *turns])
+        except ValueError:
+            return True
+        return without_spaces(with_system) == text.replace(f"]{user}[", f"]system{user}[")
+
+
+def compile_template(path: Path, source: str) -> Template:
+    """Compile a template with what transformers offers to templates."""
+    # Templates are programs from a download, and older versions let them out of the sandbox.
+    if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
+        raise ValueError("chat templates need jinja2 3.1.6 or later: pip install -U jinja2")
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = strftime_now
+    try:
+        return environment.from_string(source)
+    except TemplateSyntaxError as error:
+        why = f"line {error.lineno}: {one_line(error)}"
+    except Exception as error:  # noqa: BLE001 - such as RecursionError
+        why = one_line(error)
+    raise ValueError(f"{path}: the chat template is not valid Jinja: {why}")
+
+
+class Generation(Extension):
+    """{% generation %} and {% endgeneration %}, which mark answers for training."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=line)
+
+
+def to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own tojson would write <, > and & as escapes."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def without_spaces(text: str) -> str:
+    return "".join(text.split())
