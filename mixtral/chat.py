@@ -15,6 +15,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, Any]]  # each has a role and a content
 
+# What a template can read of tokenizer_config.json: names of tokens.
+VARIABLES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
 # Code points of planes 15 and 16 have no meaning of their own.
 PRIVATE_USE = range(0xF0000, 0x110000)
 
@@ -57,7 +68,7 @@ class ChatTemplate:
         # A template may join messages or cut something out of one, so that a name arises. None can
         # if all letters of names are replaced, so that the same tokens must then be found.
         if self._split(messages, replace_letters)[1::2] != parts[1::2]:
-            raise ValueError(f"{self.path}: the chat template makes a token of a message's text")
+            raise ValueError(f"{self.path}: the chat template makes tokens of a message's letters")
         letters = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
         return [part.translate(letters) for part in parts]
 
@@ -115,6 +126,54 @@ class ChatTemplate:
         return without_spaces(with_system) == text.replace(f"]{user}[", f"]system{user}[")
 
 
+def read_chat_template(
+    folder: Path, config: dict, special: Mapping[str, str], names: Collection[str]
+) -> ChatTemplate | None:
+    """The chat template of a folder whose tokenizer_config.json is config, or None if it has none.
+
+    special are the names of special tokens that config need not tell, as bos_token. Raises
+    ValueError if the template cannot be read.
+    """
+    path = folder / "chat_template.jinja"
+    source: object
+    if path.is_file():
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a readable text: download it again") from error
+    else:
+        path = folder / "tokenizer_config.json"
+        source = config.get("chat_template")
+        if source is None:
+            return None
+    if isinstance(source, list):
+        source = default_of(source)
+    if not isinstance(source, str):
+        raise ValueError(f"{path}: chat_template is not a text, nor a list with a default one")
+    return ChatTemplate(path, source, read_variables(config, special), names)
+
+
+def default_of(templates: list) -> object:
+    """One of several templates for several uses, or None if they lack a default."""
+    for template in templates:
+        if isinstance(template, dict) and template.get("name") == "default":
+            return template.get("template")
+    return None
+
+
+def read_variables(config: dict, special: Mapping[str, str]) -> dict[str, str]:
+    variables = dict(special)
+    for variable in VARIABLES:
+        name = config.get(variable)
+        if isinstance(name, dict):  # a token with its properties
+            name = name.get("content")
+        if isinstance(name, str):
+            variables[variable] = name
+        elif variable in config:
+            variables.pop(variable, None)  # The template reads null as an empty text.
+    return variables
+
+
 def compile_template(path: Path, source: str) -> Template:
     """Compile a template with what transformers offers to templates."""
     # Templates are programs from a download, and older versions let them out of the sandbox.
@@ -129,7 +188,7 @@ def compile_template(path: Path, source: str) -> Template:
     try:
         return environment.from_string(source)
     except TemplateSyntaxError as error:
-        why = f"line {error.lineno}: {one_line(error)}"
+        why = f"line {error.lineno}: {error.message}"
     except Exception as error:  # noqa: BLE001 - such as RecursionError
         why = one_line(error)
     raise ValueError(f"{path}: the chat template is not valid Jinja: {why}")

@@ -517,7 +517,7 @@ def check_prompt(name: str, tokens: list[int], args: ModelArgs) -> None:
         kind = type(tokens).__name__
         raise ValueError(f"{name} must be a list of token ids, not of type {kind}")
     if not tokens:
-        raise ValueError(f"{name} has no tokens: begin it with bos")
+        raise ValueError(f"{name} has no tokens: give it at least one, such as bos")
     if len(tokens) > args.max_seq_len:
         count = f"{len(tokens)} tokens, max_seq_len is {args.max_seq_len}"
         raise ValueError(f"{name} has {count}: raise max_seq_len or shorten the prompt")

@@ -3,9 +3,10 @@
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from sentencepiece import SentencePieceProcessor
 
@@ -25,25 +26,6 @@ START = "<|im_start|>"
 END = "<|im_end|>"
 
 
-# What chat templates can read, each being the name of a token.
-TEMPLATE_VARIABLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
-
-
-class TemplateFile(NamedTuple):
-    """A chat template, and the file that has it."""
-
-    path: Path
-    source: str
-
-
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
@@ -61,10 +43,11 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} has no bos or no eos: use the checkpoint's own")
 
-        config = read_json(path.parent / "tokenizer_config.json")
+        self.folder = path.parent
+        self.config = read_json(self.folder / "tokenizer_config.json")
         own = dict(enumerate(all_pieces(self.sp_model)))
-        added = read_added_tokens(path.parent, config, own)
-        check_added_tokens(path.parent, added, self.sp_model)
+        added = read_added_tokens(self.folder, self.config, own)
+        check_added_tokens(self.folder, added, self.sp_model)
         self.pieces = own | added  # each token's piece of text, in which ▁ is a space
         self.n_words = max(self.pieces) + 1
         self.added_ids = {text: token for token, text in added.items()}
@@ -74,11 +57,8 @@ class Tokenizer:
 
         # By default, which is called legacy, each piece of text between added tokens is encoded as
         # SentencePiece encodes a whole text, with a space before it.
-        self.legacy = bool(config.get("legacy", True))
-        self.add_bos = adds_bos(path.parent, config, self.pieces[self.bos_id])
-        self.template_file = read_chat_template(path.parent, config)
-        self.template_variables = template_variables(config, self.sp_model)
-        self.listed_ids = listed_pieces(config, self.sp_model)
+        self.legacy = bool(self.config.get("legacy", True))
+        self.add_bos = adds_bos(self.folder, self.config, self.pieces[self.bos_id])
         self.is_chatml = START in self.added_ids and END in self.added_ids
         self.is_v3 = self.sp_model.is_control(self.sp_model.piece_to_id("[INST]"))
 
@@ -172,38 +152,39 @@ class Tokenizer:
 
     @functools.cached_property
     def _encode_format(self) -> Callable[[Dialog], list[int]]:
-        """The method that encodes dialogs in the model's format: the chat template decides.
+        """The method that encodes dialogs in the model's format, which its chat template decides.
 
-        If that writes Mistral's format, mistral-common's spaces are taken and not the template's,
-        since the models were trained with them.
+        If the template writes Mistral's format, it is mistral-common's spaces that are taken, since
+        Mistral's models were trained with these. Raises ValueError if the template is not one.
         """
-        if self.template_file is None:
-            return self._encode_chatml if self.is_chatml else self._encode_instruct
-        from .chat import ChatTemplate  # imports Jinja
+        from .chat import read_chat_template  # imports Jinja
 
-        template = ChatTemplate(*self.template_file, self.template_variables, self._named_ids)
-        bos = self.pieces[self.bos_id]
-        eos = self.pieces[self.eos_id]
-        if template.is_instruct(bos, eos, self.is_v3):
+        special = {
+            "bos_token": self.pieces[self.bos_id],
+            "eos_token": self.pieces[self.eos_id],
+            "unk_token": self.pieces[self.sp_model.unk_id()],
+        }
+        template = read_chat_template(self.folder, self.config, special, self._named_ids)
+        if template is None:
+            return self._encode_chatml if self.is_chatml else self._encode_instruct
+        if template.is_instruct(special["bos_token"], special["eos_token"], self.is_v3):
             return self._encode_instruct
         return functools.partial(self._encode_by_template, template)
 
     @functools.cached_property
     def _named_ids(self) -> dict[str, int]:
-        """The tokens that a chat template can write, by name: those that are not text."""
-        ids = {}
-        for token, name in enumerate(all_pieces(self.sp_model)):
-            if self.sp_model.is_control(token) or self.sp_model.is_unknown(token):
-                ids[name] = token
-        return ids | self.listed_ids | self.added_ids
+        """The tokens that are not text, by name: a chat template writes these names."""
+        return named_pieces(self.sp_model, self.config) | self.added_ids
 
     def _encode_by_template(self, template: "ChatTemplate", dialog: Dialog) -> list[int]:
-        """The text that a template writes, in which names of tokens are tokens."""
         parts = template.split(dialog)
+        check_text("".join(parts))
         tokens = self._encode_parts(parts, self._named_ids)
-        # SentencePiece takes some pieces, called user-defined, for tokens in any text.
-        for name, token in self.listed_ids.items():
-            if tokens.count(token) > parts[1::2].count(name):
+        # SentencePiece makes tokens of some names, called user-defined, even where they are text.
+        found = Counter(tokens)
+        written = Counter(parts[1::2])
+        for name, token in self._named_ids.items():
+            if found[token] > written[name] and not self.sp_model.is_unknown(token):
                 raise ValueError(f"a message cannot contain {name!r:.60}: it would be a token")
         return tokens
 
@@ -344,6 +325,21 @@ def added_by_config(path: Path, config: dict, own: Mapping[int, str]) -> dict[in
     return added
 
 
+def named_pieces(sp_model: SentencePieceProcessor, config: dict) -> dict[str, int]:
+    """SentencePiece's own pieces that are not text, by name.
+
+    They are its control pieces, the unknown one, and those that config lists as special tokens.
+    """
+    listed = config.get("added_tokens_decoder") or {}
+    ids = {}
+    for token, name in enumerate(all_pieces(sp_model)):
+        entry = listed.get(str(token), {})
+        is_special = entry.get("special") and entry.get("content") == name
+        if is_special or sp_model.is_control(token) or sp_model.is_unknown(token):
+            ids[name] = token
+    return ids
+
+
 def check_added_tokens(
     folder: Path, added: dict[int, str], sp_model: SentencePieceProcessor
 ) -> None:
@@ -367,67 +363,13 @@ def adds_bos(folder: Path, config: dict, bos: str) -> bool:
     if not path.is_file():
         return bool(config.get("add_bos_token", True))
     processor = read_json(path).get("post_processor")
-    # It is one processor or a Sequence of several; one that adds bos has a template with its name.
-    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
-    return any(bos in str(step.get("single")) for step in steps)
-
-
-def read_chat_template(folder: Path, config: dict) -> TemplateFile | None:
-    """The checkpoint's chat template, or None if it has none."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return TemplateFile(path, path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable text: download it again") from error
-    path = folder / "tokenizer_config.json"
-    template = config.get("chat_template")
-    if isinstance(template, list):  # one for each of several uses
-        template = default_of(template)
-    elif template is None:
-        return None
-    if not isinstance(template, str):
-        raise ValueError(f"{path}: chat_template is not a text, nor a list with a default one")
-    return TemplateFile(path, template)
-
-
-def default_of(templates: list) -> object:
-    for template in templates:
-        if isinstance(template, dict) and template.get("name") == "default":
-            return template.get("template")
-    return None
-
-
-def template_variables(config: dict, sp_model: SentencePieceProcessor) -> dict[str, str]:
-    """The names of special tokens that a chat template can read, as bos_token."""
-    variables = {
-        "bos_token": sp_model.id_to_piece(sp_model.bos_id()),
-        "eos_token": sp_model.id_to_piece(sp_model.eos_id()),
-        "unk_token": sp_model.id_to_piece(sp_model.unk_id()),
-    }
-    for variable in TEMPLATE_VARIABLES:
-        if variable not in config:
-            continue
-        name = config[variable]
-        if isinstance(name, dict):
-            name = name.get("content")
-        if isinstance(name, str):
-            variables[variable] = name
-        else:
-            variables.pop(variable, None)
-    return variables
-
-
-def listed_pieces(config: dict, sp_model: SentencePieceProcessor) -> dict[str, int]:
-    """SentencePiece's own pieces that are text to it, but that config lists as added tokens."""
-    listed = {}
-    for number, entry in (config.get("added_tokens_decoder") or {}).items():
-        token = int(number)
-        if token >= sp_model.vocab_size() or sp_model.is_control(token):
-            continue
-        if not sp_model.is_unknown(token) and sp_model.id_to_piece(token) == entry.get("content"):
-            listed[entry["content"]] = token
-    return listed
+    if not isinstance(processor, dict):
+        return False
+    # It is a Sequence of processors or a single one, and what it adds is in a template.
+    for each in processor.get("processors", [processor]):
+        if isinstance(each, dict) and bos in str(each.get("single")):
+            return True
+    return False
 
 
 def is_text(s: object) -> bool:
