@@ -15,7 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Messages = Sequence[Mapping[str, Any]]  # each has a role and a content
 
-# What a template can read of tokenizer_config.json: names of tokens.
+# The names of tokens that a template can read from tokenizer_config.json.
 VARIABLES = (
     "bos_token",
     "eos_token",
@@ -26,15 +26,16 @@ VARIABLES = (
     "mask_token",
 )
 
-# Code points of planes 15 and 16 have no meaning of their own.
+# These code points have no meaning of their own.
 PRIVATE_USE = range(0xF0000, 0x110000)
 
 
 class ChatTemplate:
-    """The chat template that path has.
+    """The chat template that a file has.
 
-    variables are what else it can read, as bos_token. names are those of the tokens that it can
-    write; in a message they are letters. Raises ValueError if source is not valid Jinja.
+    Besides the dialog it can read variables, such as bos_token. Where it writes one of names, the
+    text has that token; where a message has the name, it has its letters. Raises ValueError if
+    source is not valid Jinja.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class ChatTemplate:
 
         Raises ValueError if the template fails, or if a name would have letters of a message.
         """
-        # In the names that messages have, stand-ins replace the letters, so that the pattern does
-        # not find them. The rest of a message stays as it is, for the template may look at it.
+        # Where a message has a name, stand-ins take the place of its letters, so that the name is
+        # not found afterwards. All else stays as it is, since the template may look at it.
         stand_ins = self._stand_ins(messages)
 
         def replace_names(text: str) -> str:
@@ -65,15 +66,15 @@ class ChatTemplate:
             return text.translate(stand_ins)
 
         parts = self._split(messages, replace_names)
-        # A template may join messages or cut something out of one, so that a name arises. None can
-        # if all letters of names are replaced, so that the same tokens must then be found.
+        # A name may still arise, if the template joins messages or cuts something out of one. If
+        # every letter that names have is replaced, none can; so the same ones must be found then.
         if self._split(messages, replace_letters)[1::2] != parts[1::2]:
             raise ValueError(f"{self.path}: the chat template makes tokens of a message's letters")
-        letters = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
-        return [part.translate(letters) for part in parts]
+        originals = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
+        return [part.translate(originals) for part in parts]
 
     def _stand_ins(self, messages: Messages) -> dict[int, str]:
-        """For each letter of a name a character that occurs nowhere else."""
+        """For each letter of a name, a character that neither the template nor a message has."""
         used = self.reserved.union(*(message["content"] for message in messages))
         unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
         stand_ins = {ord(letter): stand_in for letter, stand_in in zip(self.letters, unused)}
@@ -102,10 +103,10 @@ class ChatTemplate:
             raise ValueError(f"{self.path}: the chat template refuses the dialog: {why}") from error
 
     def is_instruct(self, bos: str, eos: str, is_v3: bool) -> bool:
-        """Whether it writes Mistral's format, in which v3 has the system message at another place.
+        """Whether it writes Mistral's own format: v1's, or v3's with the system message elsewhere.
 
-        What it writes tells, not how it is written: templates of this format have many wordings.
-        Their spaces differ, so these do not count, and many refuse a system message.
+        What it writes decides, since templates of this format are worded in many ways. They differ
+        in their spaces too, so these do not count, and many of them refuse a system message.
         """
         turns = [
             {"role": "user", "content": "first"},
@@ -131,26 +132,28 @@ def read_chat_template(
 ) -> ChatTemplate | None:
     """The chat template of a folder whose tokenizer_config.json is config, or None if it has none.
 
-    special are the names of special tokens that config need not tell, as bos_token. Raises
-    ValueError if the template cannot be read.
+    special has the variables that config may leave out. Raises ValueError if the template cannot
+    be read.
     """
+    variables = read_variables(config, special)
     path = folder / "chat_template.jinja"
-    source: object
     if path.is_file():
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable text: download it again") from error
-    else:
-        path = folder / "tokenizer_config.json"
-        source = config.get("chat_template")
-        if source is None:
-            return None
-    if isinstance(source, list):
-        source = default_of(source)
+        return ChatTemplate(path, read_text(path), variables, names)
+    path = folder / "tokenizer_config.json"
+    template = config.get("chat_template")
+    if template is None:
+        return None
+    source = default_of(template) if isinstance(template, list) else template
     if not isinstance(source, str):
         raise ValueError(f"{path}: chat_template is not a text, nor a list with a default one")
-    return ChatTemplate(path, source, read_variables(config, special), names)
+    return ChatTemplate(path, source, variables, names)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a readable text: download it again") from error
 
 
 def default_of(templates: list) -> object:
@@ -162,6 +165,7 @@ def default_of(templates: list) -> object:
 
 
 def read_variables(config: dict, special: Mapping[str, str]) -> dict[str, str]:
+    """The names of tokens in config, else in special. One that config has as null is left out."""
     variables = dict(special)
     for variable in VARIABLES:
         name = config.get(variable)
@@ -170,13 +174,13 @@ def read_variables(config: dict, special: Mapping[str, str]) -> dict[str, str]:
         if isinstance(name, str):
             variables[variable] = name
         elif variable in config:
-            variables.pop(variable, None)  # The template reads null as an empty text.
+            variables.pop(variable, None)  # What is left out reads as an empty text.
     return variables
 
 
 def compile_template(path: Path, source: str) -> Template:
-    """Compile a template with what transformers offers to templates."""
-    # Templates are programs from a download, and older versions let them out of the sandbox.
+    """Compile a template, with the functions and tags that transformers lets it use."""
+    # A template is a program from a download, and could leave the sandbox of older versions.
     if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
         raise ValueError("chat templates need jinja2 3.1.6 or later: pip install -U jinja2")
     environment = ImmutableSandboxedEnvironment(

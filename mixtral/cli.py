@@ -310,7 +310,8 @@ def check_prompts(
 
 def encode_prompts(tokenizer: "Tokenizer", prompts: list[str], chat: bool) -> list[list[int]]:
     if chat:
-        tokenizer.encode_dialog([user("Hello")])  # A conversation has no prompts yet.
+        # A conversation has no prompt yet, but its format can be tried.
+        tokenizer.encode_dialog([user("Hello")])
         return [tokenizer.encode_dialog([user(prompt)]) for prompt in prompts]
     return [tokenizer.encode(prompt, tokenizer.add_bos, eos=False) for prompt in prompts]
 

@@ -154,8 +154,8 @@ class Tokenizer:
     def _encode_format(self) -> Callable[[Dialog], list[int]]:
         """The method that encodes dialogs in the model's format, which its chat template decides.
 
-        If the template writes Mistral's format, it is mistral-common's spaces that are taken, since
-        Mistral's models were trained with these. Raises ValueError if the template is not one.
+        A template of Mistral's own format does not decide its spaces: Mistral's models were trained
+        with mistral-common's. Raises ValueError if the template cannot be read.
         """
         from .chat import read_chat_template  # imports Jinja
 
@@ -180,7 +180,7 @@ class Tokenizer:
         parts = template.split(dialog)
         check_text("".join(parts))
         tokens = self._encode_parts(parts, self._named_ids)
-        # SentencePiece makes tokens of some names, called user-defined, even where they are text.
+        # Some pieces are called user-defined: SentencePiece finds them in any text.
         found = Counter(tokens)
         written = Counter(parts[1::2])
         for name, token in self._named_ids.items():
