@@ -313,8 +313,10 @@ def check_prompts(
 
 def encode_prompts(tokenizer: "Tokenizer", prompts: list[str], chat: bool) -> list[list[int]]:
     if chat:
+        # A conversation has no prompt yet, but its format can be tried.
+        tokenizer.encode_dialog([user("Hello")])
         return [tokenizer.encode_dialog([user(prompt)]) for prompt in prompts]
-    return [tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+    return [tokenizer.encode(prompt, tokenizer.add_bos, eos=False) for prompt in prompts]
 
 
 def check_fits(

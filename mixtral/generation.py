@@ -291,7 +291,8 @@ class Mixtral:
         """Complete each prompt as generate() does, by default as far as there is room."""
         if not isinstance(prompts, (list, tuple)):
             raise ValueError(f"prompts must be a list, not a {type(prompts).__name__}")
-        tokens = [self.tokenizer.encode(prompt, bos=True, eos=False) for prompt in prompts]
+        bos = self.tokenizer.add_bos
+        tokens = [self.tokenizer.encode(prompt, bos, eos=False) for prompt in prompts]
         return self._predict(tokens, max_gen_len, temperature, top_p, logprobs, echo)
 
     def _predict(
@@ -323,7 +324,7 @@ class Mixtral:
         max_gen_len: int | None = None,
     ) -> Iterator[str]:
         """text_completion's text for one prompt, in pieces as they come."""
-        tokens = self.tokenizer.encode(prompt, bos=True, eos=False)
+        tokens = self.tokenizer.encode(prompt, self.tokenizer.add_bos, eos=False)
         new = self.stream_tokens(tokens, temperature, top_p, max_gen_len)
         return self.tokenizer.decode_stream(new)
 
@@ -518,7 +519,7 @@ def check_prompt(name: str, tokens: list[int], args: ModelArgs) -> None:
     if not isinstance(tokens, (list, tuple)):
         raise ValueError(f"{name} must be a list of token ids, not a {type(tokens).__name__}")
     if not tokens:
-        raise ValueError(f"{name} has no tokens: begin it with bos")
+        raise ValueError(f"{name} has no tokens: give it at least one, such as bos")
     if len(tokens) > args.max_seq_len:
         raise ValueError(
             f"{name} has {len(tokens)} tokens, max_seq_len is {args.max_seq_len}: "

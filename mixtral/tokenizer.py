@@ -1,12 +1,17 @@
 """Text to tokens and back, and the chat formats."""
 
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from sentencepiece import SentencePieceProcessor
+
+if TYPE_CHECKING:
+    from .chat import ChatTemplate
 
 
 class Message(TypedDict):
@@ -26,7 +31,8 @@ class Tokenizer:
 
     added_tokens.json or tokenizer_config.json beside the model names the added tokens. bos_id and
     eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
-    Raises FileNotFoundError or ValueError if a file is not what it should be.
+    add_bos says whether the model expects bos before a text that it is to complete. Raises
+    FileNotFoundError or ValueError if a file is not what it should be.
     """
 
     def __init__(self, model_path: str | Path):
@@ -37,10 +43,11 @@ class Tokenizer:
         if self.bos_id < 0 or self.eos_id < 0:
             raise ValueError(f"{path} has no bos or no eos: use the checkpoint's own")
 
-        config = read_json(path.parent / "tokenizer_config.json")
+        self.folder = path.parent
+        self.config = read_json(self.folder / "tokenizer_config.json")
         own = dict(enumerate(all_pieces(self.sp_model)))
-        added = read_added_tokens(path.parent, config, own)
-        check_added_tokens(path.parent, added, self.sp_model)
+        added = read_added_tokens(self.folder, self.config, own)
+        check_added_tokens(self.folder, added, self.sp_model)
         self.pieces = own | added  # each token's piece of text, in which ▁ is a space
         self.n_words = max(self.pieces) + 1
         self.added_ids = {text: token for token, text in added.items()}
@@ -50,9 +57,9 @@ class Tokenizer:
 
         # By default, which is called legacy, each piece of text between added tokens is encoded as
         # SentencePiece encodes a whole text, with a space before it.
-        self.legacy = bool(config.get("legacy", True))
+        self.legacy = bool(self.config.get("legacy", True))
+        self.add_bos = adds_bos(self.folder, self.config, self.pieces[self.bos_id])
         self.is_chatml = START in self.added_ids and END in self.added_ids
-        self.chatml_has_bos = template_has_bos(path.parent, config)
         self.is_v3 = self.sp_model.is_control(self.sp_model.piece_to_id("[INST]"))
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
@@ -67,14 +74,19 @@ class Tokenizer:
         if not self.added_ids:
             tokens += self.sp_model.encode(s)
         else:
-            # split() returns a piece of text, an added token, a piece of text, and so on.
-            for i, part in enumerate(self.added_pattern.split(s)):
-                if i % 2 == 1:
-                    tokens.append(self.added_ids[part])
-                else:
-                    tokens += self._encode_piece(part, is_first=i == 0)
+            tokens += self._encode_parts(self.added_pattern.split(s), self.added_ids)
         if eos:
             tokens.append(self.eos_id)
+        return tokens
+
+    def _encode_parts(self, parts: list[str], ids: Mapping[str, int]) -> list[int]:
+        """Encode a piece of text, the name of a token in ids, a piece of text, and so on."""
+        tokens = []
+        for i, part in enumerate(parts):
+            if i % 2 == 1:
+                tokens.append(ids[part])
+            else:
+                tokens += self._encode_piece(part, is_first=i == 0)
         return tokens
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
@@ -133,19 +145,55 @@ class Tokenizer:
         """Encode a dialog in the model's chat format, for the assistant to continue.
 
         No message can contain a control token or an added one: their names are letters in it.
-        Raises ValueError if the dialog is malformed.
+        Raises ValueError if the dialog is malformed or the checkpoint's chat template refuses it.
         """
         check_dialog(dialog)
-        if self.is_chatml:
-            return self._encode_chatml(dialog)
-        return self._encode_instruct(dialog)
+        return self._encode_format(dialog)
+
+    @functools.cached_property
+    def _encode_format(self) -> Callable[[Dialog], list[int]]:
+        """The method that encodes dialogs in the model's format, which its chat template decides.
+
+        A template of Mistral's own format does not decide its spaces: Mistral's models were trained
+        with mistral-common's. Raises ValueError if the template cannot be read.
+        """
+        from .chat import read_chat_template  # imports Jinja
+
+        special = {
+            "bos_token": self.pieces[self.bos_id],
+            "eos_token": self.pieces[self.eos_id],
+            "unk_token": self.pieces[self.sp_model.unk_id()],
+        }
+        template = read_chat_template(self.folder, self.config, special, self._named_ids)
+        if template is None:
+            return self._encode_chatml if self.is_chatml else self._encode_instruct
+        if template.is_instruct(special["bos_token"], special["eos_token"], self.is_v3):
+            return self._encode_instruct
+        return functools.partial(self._encode_by_template, template)
+
+    @functools.cached_property
+    def _named_ids(self) -> dict[str, int]:
+        """The tokens that are not text, by name: a chat template writes these names."""
+        return named_pieces(self.sp_model, self.config) | self.added_ids
+
+    def _encode_by_template(self, template: "ChatTemplate", dialog: Dialog) -> list[int]:
+        parts = template.split(dialog)
+        check_text("".join(parts))
+        tokens = self._encode_parts(parts, self._named_ids)
+        # Some pieces are called user-defined: SentencePiece finds them in any text.
+        found = Counter(tokens)
+        written = Counter(parts[1::2])
+        for name, token in self._named_ids.items():
+            if found[token] > written[name] and not self.sp_model.is_unknown(token):
+                raise ValueError(f"a message cannot contain {name!r:.60}: it would be a token")
+        return tokens
 
     def _encode_chatml(self, dialog: Dialog) -> list[int]:
         """Each message as <|im_start|>role\\ncontent<|im_end|>\\n, and the next one's beginning."""
         start = self.added_ids[START]
         end = self.added_ids[END]
         newline = self._encode_piece("\n", is_first=False)
-        tokens = [self.bos_id] if self.chatml_has_bos else []
+        tokens = [self.bos_id]
         for message in dialog:
             text = f"{message['role']}\n{message['content']}"
             tokens += [start, *self._encode_piece(text, is_first=False), end, *newline]
@@ -277,6 +325,21 @@ def added_by_config(path: Path, config: dict, own: Mapping[int, str]) -> dict[in
     return added
 
 
+def named_pieces(sp_model: SentencePieceProcessor, config: dict) -> dict[str, int]:
+    """SentencePiece's own pieces that are not text, by name.
+
+    They are its control pieces, the unknown one, and those that config lists as special tokens.
+    """
+    listed = config.get("added_tokens_decoder") or {}
+    ids = {}
+    for token, name in enumerate(all_pieces(sp_model)):
+        entry = listed.get(str(token), {})
+        is_special = entry.get("special") and entry.get("content") == name
+        if is_special or sp_model.is_control(token) or sp_model.is_unknown(token):
+            ids[name] = token
+    return ids
+
+
 def check_added_tokens(
     folder: Path, added: dict[int, str], sp_model: SentencePieceProcessor
 ) -> None:
@@ -291,14 +354,22 @@ def check_added_tokens(
             raise ValueError(f"{folder} adds {text!r:.60} as token {token}, {what}")
 
 
-def template_has_bos(folder: Path, config: dict) -> bool:
-    """Whether ChatML begins with bos, as it does unless the checkpoint's template lacks it."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return "bos_token" in path.read_text(encoding="utf-8", errors="replace")
-    # This is one template or a list of several, and in each of them bos is called bos_token.
-    template = config.get("chat_template")
-    return template is None or "bos_token" in str(template)
+def adds_bos(folder: Path, config: dict, bos: str) -> bool:
+    """Whether a text to complete begins with bos: tokenizer.json says so, or else config.
+
+    transformers takes these in the same order, but without either adds none since version 5.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return bool(config.get("add_bos_token", True))
+    processor = read_json(path).get("post_processor")
+    if not isinstance(processor, dict):
+        return False
+    # It is a Sequence of processors or a single one, and what it adds is in a template.
+    for each in processor.get("processors", [processor]):
+        if isinstance(each, dict) and bos in str(each.get("single")):
+            return True
+    return False
 
 
 def is_text(s: object) -> bool:

@@ -4,9 +4,12 @@ import json
 import random
 
 import pytest
+import torch
+from helpers.tiny import Stub
 from helpers.tokens import CHATML, TEMPLATE, added_tokens_decoder, fine_tune, stream
 
-from mixtral import Tokenizer
+from mixtral import Mixtral, Tokenizer
+from mixtral.cli import encode_prompts
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies
@@ -203,6 +206,76 @@ def test_bos_of_a_chat_template(tmp_path, v1, where):
         (tmp_path / "chat_template.jinja").write_text(with_bos)
     tokenizer = Tokenizer(fine_tune(tmp_path, v1, config=settings))
     assert tokenizer.encode_dialog(DIALOG) == [1, *DIALOG_TOKENS[True]]
+
+
+TEXT = [{"Sequence": {"id": "A", "type_id": 0}}]
+BOS = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+
+
+def post_processor(single: list) -> dict:
+    """What tokenizer.json says of the tokens around a text."""
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": tokens}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+SEQUENCE = {"type": "Sequence", "processors": [BYTES, post_processor(BOS + TEXT)]}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(tmp_path_factory, v1) -> dict:
+    """transformers' own, without a post_processor."""
+    pytest.importorskip("google.protobuf", reason="transformers needs it for such a folder")
+    transformers = pytest.importorskip("transformers", minversion="5.24")
+    folder = tmp_path_factory.mktemp("saved")
+    fine_tune(folder, v1, {}, config(legacy=True))
+    (folder / "config.json").write_text('{"model_type": "mixtral"}')
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+    return {**json.loads((folder / "tokenizer.json").read_text()), "post_processor": None}
+
+
+@pytest.mark.parametrize(
+    "add, processor, added",
+    [
+        (True, "no file", True),
+        (False, "no file", False),
+        (None, "no file", False),
+        (False, post_processor(BOS + TEXT), True),
+        (False, SEQUENCE, True),
+        (True, post_processor(TEXT), False),
+        (True, None, False),
+    ],
+)
+def test_bos_before_a_text(tmp_path, v1, tokenizer_json, add, processor, added):
+    """tokenizer.json decides, and without it add_bos_token, as transformers has it."""
+    from transformers import AutoTokenizer
+
+    path = fine_tune(tmp_path, v1, {}, {**config(legacy=True), "add_bos_token": add})
+    if processor != "no file":
+        whole = {**tokenizer_json, "post_processor": processor}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    assert AutoTokenizer.from_pretrained(tmp_path)("a").input_ids == [1] * added + [264]
+    assert Tokenizer(path).add_bos == added
+
+
+def test_bos_is_heard(tmp_path, v1):
+    """By the model, in all completions, if the checkpoint does not say otherwise."""
+    for add, settings in ((True, None), (True, {}), (False, {"add_bos_token": False})):
+        tokenizer = Tokenizer(fine_tune(tmp_path, v1, {}, settings))
+        assert tokenizer.add_bos == add
+        want = [1] * add + [264]
+        assert encode_prompts(tokenizer, ["a"], chat=False) == [want]
+        eos = torch.nn.functional.one_hot(torch.tensor(2), 32000)
+        stub = Stub(lambda row, heard, eos=eos: eos.float(), vocab_size=32000)
+        generator = Mixtral(stub, tokenizer)
+        assert generator.text_completion(["a"], temperature=0) == [{"generation": ""}]
+        assert stub.heard[0] == want
+        assert "".join(generator.stream_completion("a", temperature=0)) == ""
+        assert stub.heard[0] == want
+    with pytest.raises(ValueError, match="^prompt 1 has no tokens: give it at least one"):
+        generator.text_completion([""])
 
 
 def test_no_chatml(tmp_path, v1):

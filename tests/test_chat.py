@@ -2,12 +2,12 @@
 
 import copy
 import dataclasses
-import itertools
 import random
 
 import pytest
 import torch
 from helpers.reference import random_transformer
+from helpers.templates import dialog
 from helpers.tiny import ARGS, NEAR, Stub, saying
 
 from mixtral import Mixtral, Tokenizer, Transformer
@@ -37,12 +37,6 @@ PARTS += [
     "/INST]",
 ]
 PARTS += ["<", "s>", "<unk>", "▁", "\x00", "�", *TAGS, *TAGS]
-
-
-def dialog(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    roles = itertools.cycle(["user", "assistant"])
-    turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
 
 
 GOOD = [

@@ -20,8 +20,9 @@ import pytest
 import torch
 from helpers.reference import random_transformer
 from helpers.script import CPU, assert_refused, run_here, unreadable
+from helpers.templates import ZEPHYR
 
-from mixtral import Mixtral, ModelArgs, Tokenizer
+from mixtral import Mixtral, ModelArgs, Tokenizer, Transformer
 
 GREEDY = ("--temperature", "0", "--max-gen-len", "6", *CPU)
 LONG = (*GREEDY, "--max-seq-len", "300")
@@ -73,7 +74,7 @@ class Terminal(io.StringIO):
 
 def answers(paths: tuple[Path, Path], questions: list[str]) -> list[str]:
     """What is said to each question after those before it, each dialog read anew."""
-    generator = Mixtral.build(*paths, max_seq_len=300, max_batch_size=1, num_gpus=0)
+    generator = Mixtral.build(*paths, max_seq_len=600, max_batch_size=1, num_gpus=0)
     dialog = []
     for question in questions:
         dialog.append({"role": "user", "content": question})
@@ -132,6 +133,37 @@ def test_at_a_terminal(run, paths, monkeypatch):
     outcome = run(*paths, "--chat", *LONG)
     said = [f"> {answer}\n" for answer in answers(paths, QUESTIONS)]
     assert outcome[:2] == (0, "".join([*said[:2], "> > ", *said[2:], "> \n"]))
+
+
+def test_ten_turns_of_a_chat_template(run, checkpoint, tmp_path, monkeypatch):
+    """Each turn reads only what is new, and answers as if the dialog were read anew."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "tuned"))
+    (folder / "chat_template.jinja").write_text(ZEPHYR)
+    paths = folder, folder / "tokenizer.model"
+    questions = [f"{question} {turn}" for turn in "12" for question in QUESTIONS]
+    read: list[int] = []
+    forward = Transformer.forward_packed
+
+    def counted(model, tokens, *args, **options):
+        read.append(len(tokens))
+        return forward(model, tokens, *args, **options)
+
+    options = (*GREEDY, "--max-seq-len", "600")
+    monkeypatch.setattr(sys, "stdin", Terminal("\n".join([*questions, ""])))
+    with monkeypatch.context() as context:
+        context.setattr(Transformer, "forward_packed", counted)
+        outcome = run(*paths, "--chat", *options)
+    said = [f"> {answer}\n" for answer in answers(paths, questions)]
+    assert outcome[:2] == (0, "".join([*said, "> \n"]))
+    assert max(read) < 40 < sum(read)
+
+
+def test_a_chat_template_is_tried_before_loading(run, unread, monkeypatch):
+    """Also if nothing has been asked yet."""
+    (unread / "chat_template.jinja").write_text("{{ raise_exception('Not\\nfor chat') }}")
+    monkeypatch.setattr(sys, "stdin", Terminal("Bonjour\n"))
+    outcome = run(unread, unread / "tokenizer.model", "--chat", *LONG)
+    assert_refused(outcome, r"chat_template.jinja: .* refuses the dialog: Not for chat$")
 
 
 def test_a_line_that_is_not_unicode(run, checkpoint, monkeypatch):
@@ -195,15 +227,18 @@ def test_ctrl_c_ends_an_answer(run, paths, monkeypatch):
     assert out == f"> {part}\n> {tokenizer.decode(new)}\n> "
 
 
-@pytest.mark.parametrize("owner, name", [(Tokenizer, "encode_dialog"), (Mixtral, "stream_tokens")])
-def test_ctrl_c_before_an_answer(run, checkpoint, monkeypatch, owner, name):
+@pytest.mark.parametrize(
+    "owner, name, call",
+    [(Tokenizer, "encode_dialog", 2), (Mixtral, "stream_tokens", 1)],  # The format is tried first.
+)
+def test_ctrl_c_before_an_answer(run, checkpoint, monkeypatch, owner, name, call):
     """Just after Enter or while the prompt is read: as if the question had not been asked."""
     real = getattr(owner, name)
     called = []
 
     def interrupted(*args):
         called.append(args)
-        if len(called) == 1:
+        if len(called) == call:
             raise KeyboardInterrupt
         return real(*args)
 
