@@ -169,19 +169,10 @@ class Mixtral:
                 for row, prompt in enumerate(prompts):
                     for token, logprob in zip(prompt, token_logprobs[row]):
                         yield Step(row, token, logprob)
-                        self._check_cache(request)
             lengths = [len(prompt) for prompt in prompts]
-            for step in self._decode(logits, lengths, sampling, logprobs):
-                yield step
-                self._check_cache(request)
+            yield from self._decode(request, logits, lengths, sampling, logprobs)
         finally:
             self.owner.release(request)
-
-    def _check_cache(self, request: int) -> None:
-        """Raise RuntimeError if the cache is no longer this request's."""
-        self.owner.check(request)
-        if self.model.n_passes != self.first_row.n_passes:
-            raise RuntimeError("the model was used between two tokens of this request")
 
     def _prefill(
         self, prompts: list[list[int]], logprobs: bool
@@ -219,9 +210,9 @@ class Mixtral:
         return torch.stack([last[row] for row in range(len(prompts))]), token_logprobs
 
     def _decode(
-        self, logits: Tensor, lengths: list[int], sampling: Sampling, logprobs: bool
+        self, request: int, logits: Tensor, lengths: list[int], sampling: Sampling, logprobs: bool
     ) -> Iterator[Step]:
-        """Continue rows of these lengths, given the logits (bsz, vocab) after them.
+        """Continue a request's rows of these lengths, given the logits (bsz, vocab) after them.
 
         A row that has ended leaves the batch. A GPU is given the next step before the host waits
         for this step's tokens; what it computes for rows that turn out to have ended is thrown
@@ -242,6 +233,7 @@ class Mixtral:
                 row.length += 1
             ran_ahead = logits.is_cuda and any(row.length < row.end for row in rows)
             if ran_ahead:
+                self._check_cache(request)
                 logits = self._forward(tokens, spans)
 
             on_host = wait()
@@ -259,12 +251,19 @@ class Mixtral:
             if not going_on:
                 return
             if not ran_ahead:  # a CPU runs only the rows that go on
+                self._check_cache(request)
                 spans = [spans[i] for i in going_on]
                 logits = self._forward(tokens[going_on], spans)
                 self.first_row.after_pass(spans, [on_host["tokens"][i] for i in going_on])
             elif len(going_on) < len(rows):  # a GPU has run all rows: drop those that have ended
                 logits = logits[send(torch.tensor(going_on, device="cpu"), logits.device)]
             rows = [rows[i] for i in going_on]
+
+    def _check_cache(self, request: int) -> None:
+        """Raise RuntimeError if the cache is no longer this request's."""
+        self.owner.check(request)
+        if self.model.n_passes != self.first_row.n_passes:
+            raise RuntimeError("the model was used between two tokens of this request")
 
     def _forward(self, tokens: Tensor, spans: list[Span], last_only: bool = False) -> Tensor:
         """model.forward_packed. The caller tells first_row.after_pass the tokens, once known."""

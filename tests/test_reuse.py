@@ -136,6 +136,16 @@ def test_a_stream_notices_that_its_cache_was_overwritten(write):
         next(stream)
 
 
+def test_after_the_last_token_a_stream_needs_its_cache_no_more():
+    generator = tiny()
+    stream = generator.stream_tokens(PROMPT, 0, max_gen_len=2)
+    next(stream)
+    last = next(stream)
+    router(generator)
+    assert list(stream) == []
+    assert last == generator.generate([PROMPT], 2, 0)[0][0][1]
+
+
 def test_an_interrupted_pass_is_not_relied_on(monkeypatch):
     generator = tiny()
     check_greedy(generator, [PROMPT], 5)
