@@ -26,8 +26,8 @@ END = "<|im_end|>"
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
-    model_path is that of a tokenizer.model, or of a tokenizer.json that was made from one.
-    added_tokens.json or tokenizer_config.json beside the model names the added tokens. bos_id and
+    model_path is a tokenizer.model, or a tokenizer.json that was made from one, which names the
+    added tokens. So does an added_tokens.json or a tokenizer_config.json beside it. bos_id and
     eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
     Raises FileNotFoundError or ValueError if a file is not what it should be.
     """

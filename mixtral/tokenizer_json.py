@@ -194,10 +194,10 @@ def read_merge(merge: Any) -> tuple[str, str]:
 
 
 def rank_pieces(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """When each piece is merged: SentencePiece has a score for the piece, not for its parts.
+    """When each piece is made: SentencePiece has one score for a piece, and none for its parts.
 
-    So all merges that make a piece must follow each other. Those that make a run of ▁ need not:
-    the runs have equal scores in Mixtral's model, and transformers 4 wrote them in any order.
+    So all merges that make a piece must follow one another. Those that make a run of ▁ need not:
+    some runs have equal scores in Mixtral's model, and transformers 4 wrote their merges mixed.
     """
     ranks: dict[str, int] = {}
     for left, right in merges:
@@ -212,7 +212,7 @@ def rank_pieces(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 def type_by_name(piece: str, ranks: Mapping[str, int]) -> int:
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return BYTE
-    # No text becomes a longer piece that no merge makes, such as [INST].
+    # No text becomes a longer piece that no merge makes: [INST] is one of Mixtral's 8x22B.
     return NORMAL if len(piece) == 1 or piece in ranks else CONTROL
 
 
