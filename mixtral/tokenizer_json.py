@@ -68,7 +68,7 @@ def convert(tokenizer: Any) -> Converted:
         return convert_parts(tokenizer)
     except UnicodeEncodeError as error:
         raise ValueError("it has a piece that is not valid Unicode") from error
-    except (AttributeError, KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise ValueError("parts of it are absent or not what they should be") from error
 
 
@@ -227,7 +227,7 @@ def check_merges(merges: Iterable[tuple[str, str]], types: Mapping[str, int]) ->
         for cut in range(1, len(piece)):
             left = piece[:cut]
             right = piece[cut:]
-            if (left in normal or cut == 1) and (right in normal or cut == len(piece) - 1):
+            if left in normal and right in normal:
                 possible.add((left, right))
     given = set()
     for left, right in merges:

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 
 import pytest
 from helpers.tokenizer_json import FORMS, added_token, save, tokenizer_json
@@ -224,12 +225,27 @@ def test_control_tokens_that_are_not_named(tmp_path, v3):
     content = tokenizer_json(v3, "4", {})
     content["added_tokens"] = content["added_tokens"][:3]
     vocab = content["model"]["vocab"]
-    name = "[" + "control" * 100 + "]"  # Its length takes two bytes in the model.
+    name = "[" + "control" * 25 + "]"  # Its length takes two bytes in the model.
     vocab[name] = vocab.pop("[control_748]")
     ours = Tokenizer(save(tmp_path, content))
     assert ours.is_v3
     assert ours.sp_model.is_control(ours.sp_model.piece_to_id(name))
     assert ours.encode_dialog(DIALOG) == Tokenizer(v3).encode_dialog(DIALOG)
+
+
+def test_user_defined_pieces_of_any_characters(tmp_path, small):
+    """The pattern of 5.24 quotes them."""
+    changed = copy.deepcopy(small)
+    names = ["x\n|\\.", "*"]
+    vocab = changed["model"]["vocab"]
+    vocab[names[0]] = vocab.pop("V")
+    vocab[names[1]] = vocab.pop("Q")
+    pattern = {"Regex": "|".join(map(re.escape, names))}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    changed["pre_tokenizer"]["pretokenizers"].append(split)
+    ours = Tokenizer(save(tmp_path, changed))
+    tokens = ours.encode("*x\n|\\.x", bos=False, eos=False)
+    assert [ours.pieces[token] for token in tokens] == ["▁", names[1], names[0], "x"]
 
 
 # What is refused
@@ -278,6 +294,7 @@ REFUSED = [
     (put("pre_tokenizer", value=BYTE_LEVEL), "byte-level"),
     (put("model", "byte_fallback", value=False), "no byte fallback"),
     (put("model", "continuing_subword_prefix", value="##"), "parts of a word"),
+    (put("model", "end_of_word_suffix", value="</w>"), "parts of a word"),
     (put("normalizer", value=NFKC), "prepares texts"),
     (put("pre_tokenizer", "pretokenizers", 0, "split", value=True), "prepares texts"),
     (put("pre_tokenizer", "pretokenizers", 0, "prepend_scheme", value="never"), "prepares texts"),
@@ -298,6 +315,7 @@ REFUSED = [
     (put("model", "vocab", "th", value=7), "ids that are absent or there twice"),
     (put("model", "vocab", "th", value=[]), "parts of it"),
     (drop("th"), "ids that are absent or there twice"),
+    (rename("t", "<t>"), "merges are not those"),  # SentencePiece would merge it all the same.
     (rename("<0x41>", "<0x4a>"), "all 256 bytes"),
     (rename("Q", "\ud800"), "not valid Unicode"),
 ]
