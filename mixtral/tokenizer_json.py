@@ -225,10 +225,9 @@ def check_merges(merges: Iterable[tuple[str, str]], types: Mapping[str, int]) ->
     possible = set()
     for piece in normal:
         for cut in range(1, len(piece)):
-            left = piece[:cut]
-            right = piece[cut:]
-            if left in normal and right in normal:
-                possible.add((left, right))
+            pair = (piece[:cut], piece[cut:])
+            if pair[0] in normal and pair[1] in normal:
+                possible.add(pair)
     given = set()
     for left, right in merges:
         if types.get(left + right, NORMAL) == NORMAL:
@@ -274,9 +273,8 @@ def float_field(field: int, number: float) -> bytes:
 
 def varint(number: int) -> bytes:
     """7 bits in each byte, the lowest first; the eighth says that another byte follows."""
-    encoded = bytearray()
+    encoded = b""
     while number > 127:
-        encoded.append(number & 127 | 128)
+        encoded += bytes([number & 127 | 128])
         number >>= 7
-    encoded.append(number)
-    return bytes(encoded)
+    return encoded + bytes([number])
