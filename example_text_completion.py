@@ -42,7 +42,7 @@ def main(
     experts_svg: str | None = None,
 ) -> None:
     """Complete the prompts in this script, or the one given, and print the completions.
-    CKPT_DIR is a downloaded folder, and TOKENIZER_PATH the tokenizer.model in it.
+    CKPT_DIR is a downloaded folder, TOKENIZER_PATH the tokenizer.model or tokenizer.json in it.
 
     temperature: 0 takes the likeliest token; higher values vary the text more
     top_p: draw only from the likeliest tokens, as many as it takes to reach this probability

@@ -156,7 +156,7 @@ def join_values(argv: list[str], options: Options) -> list[str]:
     given = named + paths
     if len(given) != 2 or "" in given:
         raise ValueError(
-            "give two paths, the checkpoint's folder and its tokenizer.model, "
+            "give two paths, the checkpoint's folder and the tokenizer.model in it, "
             f"not {' '.join(given) or 'none'}"
         )
     return paths + [f"--{name}={value}" for name, value in values.items()]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 
 from sentencepiece import SentencePieceProcessor
 
+from .tokenizer_json import Converted, Spaces, convert
+
 if TYPE_CHECKING:
     from .chat import ChatTemplate
 
@@ -29,7 +31,8 @@ END = "<|im_end|>"
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
-    added_tokens.json or tokenizer_config.json beside the model names the added tokens. bos_id and
+    model_path is a tokenizer.model, or a tokenizer.json that was made from one, which names the
+    added tokens. So does an added_tokens.json or a tokenizer_config.json beside it. bos_id and
     eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
     add_bos says whether the model expects bos before a text that it is to complete. Raises
     FileNotFoundError or ValueError if a file is not what it should be.
@@ -37,7 +40,7 @@ class Tokenizer:
 
     def __init__(self, model_path: str | Path):
         path = Path(model_path)
-        self.sp_model = load_sentencepiece(path)
+        self.sp_model, converted = load_sentencepiece(path)
         self.bos_id: int = self.sp_model.bos_id()
         self.eos_id: int = self.sp_model.eos_id()
         if self.bos_id < 0 or self.eos_id < 0:
@@ -47,6 +50,9 @@ class Tokenizer:
         self.config = read_json(self.folder / "tokenizer_config.json")
         own = dict(enumerate(all_pieces(self.sp_model)))
         added = read_added_tokens(self.folder, self.config, own)
+        if converted is not None:
+            self.config = self.config | {"added_tokens_decoder": converted.added_tokens}
+            added = join(self.folder, added, added_by_config(path, self.config, own))
         check_added_tokens(self.folder, added, self.sp_model)
         self.pieces = own | added  # each token's piece of text, in which ▁ is a space
         self.n_words = max(self.pieces) + 1
@@ -57,7 +63,9 @@ class Tokenizer:
 
         # By default, which is called legacy, each piece of text between added tokens is encoded as
         # SentencePiece encodes a whole text, with a space before it.
-        self.legacy = bool(self.config.get("legacy", True))
+        self.spaces = Spaces(bool(self.config.get("legacy", True)), before_each=False)
+        if converted is not None:
+            self.spaces = converted.spaces
         self.add_bos = adds_bos(self.folder, self.config, self.pieces[self.bos_id])
         self.is_chatml = START in self.added_ids and END in self.added_ids
         self.is_v3 = self.sp_model.is_control(self.sp_model.piece_to_id("[INST]"))
@@ -71,10 +79,8 @@ class Tokenizer:
         """
         check_text(s)
         tokens = [self.bos_id] if bos else []
-        if not self.added_ids:
-            tokens += self.sp_model.encode(s)
-        else:
-            tokens += self._encode_parts(self.added_pattern.split(s), self.added_ids)
+        parts = self.added_pattern.split(s) if self.added_ids else [s]
+        tokens += self._encode_parts(parts, self.added_ids)
         if eos:
             tokens.append(self.eos_id)
         return tokens
@@ -91,7 +97,8 @@ class Tokenizer:
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
         """Encode text between added tokens; their names in it become plain text."""
-        if self.legacy or (is_first and not text.startswith((" ", "▁"))):
+        has_space = is_first or self.spaces.before_each
+        if self.spaces.legacy or (has_space and not text.startswith((" ", "▁"))):
             return self.sp_model.encode(text)
         # SentencePiece adds a space at the beginning, where there must be none. This newline takes
         # the space and is cut off again; it is a byte, and so never merges with the text.
@@ -231,10 +238,15 @@ class Tokenizer:
         return None
 
 
-def load_sentencepiece(path: Path) -> SentencePieceProcessor:
-    """Load a tokenizer.model; raises FileNotFoundError or ValueError if it is not one."""
+def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, Converted | None]:
+    """Load a tokenizer.model or a tokenizer.json, and return what only the latter says too.
+
+    Raises FileNotFoundError or ValueError if it is neither.
+    """
     if path.is_dir():
-        raise FileNotFoundError(f"no tokenizer at {path}, a folder: give the tokenizer.model in it")
+        raise FileNotFoundError(
+            f"no tokenizer at {path}, a folder: give the tokenizer.model or tokenizer.json in it"
+        )
     if not path.is_file():  # Opening a pipe would wait for its writer.
         raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.model")
     if path.stat().st_size >= 2**26:  # such as weights that were given by mistake
@@ -243,13 +255,29 @@ def load_sentencepiece(path: Path) -> SentencePieceProcessor:
         content = path.read_bytes()  # SentencePiece would open only names that are UTF-8.
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    converted = None
+    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
+        converted = convert_json(path, content)
+        content = converted.model
     sp_model = SentencePieceProcessor()
     try:
         sp_model.LoadFromSerializedProto(content)
         all_pieces(sp_model)  # raises UnicodeDecodeError if one is not UTF-8
     except (RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} {describe(content)}") from error
-    return sp_model
+    return sp_model, converted
+
+
+def convert_json(path: Path, content: bytes) -> Converted:
+    try:
+        tokenizer = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON: download it again") from error
+    try:
+        return convert(tokenizer)
+    except ValueError as error:
+        advice = "give a tokenizer.model, the checkpoint's or that of the model it was made from"
+        raise ValueError(f"{path} is JSON, but {error}: {advice}") from error
 
 
 def all_pieces(sp_model: SentencePieceProcessor) -> list[str]:
@@ -260,9 +288,6 @@ def describe(content: bytes) -> str:
     """What the content of a file that is not a SentencePiece model is, and what to do."""
     if content.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer in place of the tokenizer: run git lfs pull"
-    if content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith((b"{", b"[")):
-        what = "is JSON, as tokenizer.json and tekken.json are, and not a SentencePiece model"
-        return f"{what}: give the checkpoint's tokenizer.model"
     return "is not a readable SentencePiece model: download it again"
 
 
@@ -283,13 +308,18 @@ def read_added_tokens(folder: Path, config: dict, own: Mapping[int, str]) -> dic
     """The tokens that files in folder add to SentencePiece's own, by id."""
     by_json = added_by_json(folder / "added_tokens.json", own)
     by_config = added_by_config(folder / "tokenizer_config.json", config, own)
-    for token, text in by_config.items():
-        if by_json.get(token, text) != text:
-            names = f"{by_json[token]!r:.60} and {text!r:.60}"
+    return join(folder, by_json, by_config)
+
+
+def join(folder: Path, first: Mapping[int, str], second: Mapping[int, str]) -> dict[int, str]:
+    """The tokens of two files, which must agree on those that are in both."""
+    for token, text in second.items():
+        if first.get(token, text) != text:
+            names = f"{first[token]!r:.60} and {text!r:.60}"
             raise ValueError(
                 f"{folder}: token {token} is {names} in two files: download them again"
             )
-    return by_json | by_config
+    return {**first, **second}
 
 
 def added_by_json(path: Path, own: Mapping[int, str]) -> dict[int, str]:

@@ -186,7 +186,7 @@ FILES = {
     "is a Git LFS pointer .*: run git lfs pull": {
         "pointer": lambda good: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n",
     },
-    "is JSON, .*: give the checkpoint's tokenizer.model": {
+    "is JSON, .*: give a tokenizer.model, the checkpoint's or": {
         "tokenizer.json": lambda good: b'{\n  "version": "1.0",\n  "model": {"type": "BPE"}}',
         "tekken.json": lambda good: b'{"config": {"pattern": "x"}, "vocab": []}',
         "after a mark": lambda good: b'\xef\xbb\xbf {"version": "1.0"}',
