@@ -179,11 +179,27 @@ def linear_one_row(x: Tensor, weight: Tensor) -> Tensor:
 
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """linear() for a weight whose rows are multiplied by scale (out_features,)."""
-    # PyTorch's 8-bit product has no GPU kernel, is slow for many rows, and reads rows in steps of
-    # 16 bytes, beyond the end of a row whose length is not a multiple of 16.
-    if x.is_cuda or len(x) > 32 or weight.shape[1] % 16:
+    if x.is_cuda:
         return F.linear(x, weight.to(x.dtype).mul_(scale[:, None]))
-    return torch._weight_int8pack_mm(x, weight, scale)
+    # PyTorch's 8-bit product is slow for many rows, and reads rows in steps of 16 bytes, beyond the
+    # end of a row whose length is not a multiple of 16.
+    if len(x) <= 24 and weight.shape[1] % 16 == 0:
+        return torch._weight_int8pack_mm(x, weight, scale)
+    return linear_int8_in_blocks(x, weight, scale)
+
+
+def linear_int8_in_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """linear_int8() with 1024 rows of the weight at a time in x's type, always in the same memory.
+
+    The whole weight in x's type would be written to new memory and read again. On an Intel Xeon
+    with AMX, blocks take 0.3 to 0.4 of the time for 32 rows of x, and 0.7 to 0.8 for 512.
+    """
+    block = torch.empty(1024, weight.shape[1], dtype=x.dtype)
+    parts: list[Tensor] = []  # (T, 1024), but the last may be smaller
+    for rows, scales in zip(weight.split(1024), scale.split(1024)):
+        rows_of_x_type = block[: len(rows)].copy_(rows).mul_(scales[:, None])
+        parts.append(linear(x, rows_of_x_type))
+    return torch.cat(parts, dim=1)
 
 
 def precompute_freqs_cis(head_dim: int, end: int, theta: float) -> Tensor:

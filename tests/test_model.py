@@ -275,6 +275,16 @@ def test_attention_whose_result_lies_otherwise_in_memory(monkeypatch):
     assert_same(model.forward(ROWS[:, :5]), right)
 
 
+@pytest.mark.parametrize("rows", [24, 25])
+def test_int8_of_more_rows_than_a_block(rows):
+    """PyTorch's own product, and blocks of 1024 rows of the weight, of which the last is short."""
+    x = torch.randn(rows, 48)
+    weight = torch.randint(-127, 128, (2100, 48), dtype=torch.int8)
+    scale = torch.rand(2100)
+    want = x.double() @ (weight * scale.double()[:, None]).T
+    assert_same(linear_int8(x, weight, scale).double(), want, atol=1e-3)
+
+
 @pytest.mark.parametrize("rows", [1, 40])
 def test_int8_does_not_overflow_float16(rows):
     """The sums of unscaled 8-bit weights would be too large for it."""
