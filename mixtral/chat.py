@@ -1,5 +1,6 @@
 """A checkpoint's own chat template: a program in Jinja that writes a dialog as text."""
 
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,26 +17,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Messages = Sequence[Mapping[str, Any]]  # each has a role and a content
 
 # The names of tokens that a template can read from tokenizer_config.json.
-VARIABLES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+VARIABLES = [f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
-# These code points have no meaning of their own.
-PRIVATE_USE = range(0xF0000, 0x110000)
+# The first of the code points that stand in for letters: private use, above what fonts have.
+FIRST_STAND_IN = 0x108000
 
 
 class ChatTemplate:
     """The chat template that a file has.
 
-    Besides the dialog it can read variables, such as bos_token. Where it writes one of names, the
-    text has that token; where a message has the name, it has its letters. Raises ValueError if
-    source is not valid Jinja.
+    Besides the dialog, it can read the variables, such as bos_token. One of names becomes that
+    token where the template writes it, and stays plain letters where a message has it. Raises
+    ValueError if source is not valid Jinja.
     """
 
     def __init__(
@@ -44,8 +37,10 @@ class ChatTemplate:
         self.path = path
         self.template = compile_template(path, source)
         self.variables = variables
-        self.letters = sorted(set("".join(names)))
-        self.reserved = {*source, *self.letters}
+        self.source = source
+        letters = sorted(set("".join(names)))
+        self.stand_ins = {ord(x): chr(FIRST_STAND_IN + i) for i, x in enumerate(letters)}
+        self.originals = {ord(stand_in): chr(x) for x, stand_in in self.stand_ins.items()}
         # The longest is tried first, for one name may begin another.
         longest_first = sorted(names, key=len, reverse=True)
         self.name_pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
@@ -55,32 +50,24 @@ class ChatTemplate:
 
         Raises ValueError if the template fails, or if a name would have letters of a message.
         """
+        used = set(self.source).union(*(message["content"] for message in messages))
+        if not used.isdisjoint(self.stand_ins.values()):
+            raise ValueError("a dialog must not have private-use characters from U+108000 on")
         # Where a message has a name, stand-ins take the place of its letters, so that the name is
         # not found afterwards. All else stays as it is, since the template may look at it.
-        stand_ins = self._stand_ins(messages)
-
-        def replace_names(text: str) -> str:
-            return self.name_pattern.sub(lambda name: name[0].translate(stand_ins), text)
-
-        def replace_letters(text: str) -> str:
-            return text.translate(stand_ins)
-
-        parts = self._split(messages, replace_names)
-        # A name may still arise, if the template joins messages or cuts something out of one. If
-        # every letter that names have is replaced, none can; so the same ones must be found then.
-        if self._split(messages, replace_letters)[1::2] != parts[1::2]:
+        parts = self._split(messages, self._replace_names)
+        # The template may still make a name of a message's letters, by joining messages or cutting
+        # something out of one. It cannot if all letters of names are replaced: so both renderings
+        # must have the same names.
+        if self._split(messages, self._replace_letters)[1::2] != parts[1::2]:
             raise ValueError(f"{self.path}: the chat template makes tokens of a message's letters")
-        originals = {ord(stand_in): letter for letter, stand_in in stand_ins.items()}
-        return [part.translate(originals) for part in parts]
+        return [part.translate(self.originals) for part in parts]
 
-    def _stand_ins(self, messages: Messages) -> dict[int, str]:
-        """For each letter of a name, a character that neither the template nor a message has."""
-        used = self.reserved.union(*(message["content"] for message in messages))
-        unused = (chr(code) for code in PRIVATE_USE if chr(code) not in used)
-        stand_ins = {ord(letter): stand_in for letter, stand_in in zip(self.letters, unused)}
-        if len(stand_ins) < len(self.letters):
-            raise ValueError("a dialog must leave some private-use characters unused")
-        return stand_ins
+    def _replace_names(self, text: str) -> str:
+        return self.name_pattern.sub(lambda name: self._replace_letters(name[0]), text)
+
+    def _replace_letters(self, text: str) -> str:
+        return text.translate(self.stand_ins)
 
     def _split(self, messages: Messages, change: Callable[[str], str]) -> list[str]:
         changed = []
@@ -103,10 +90,10 @@ class ChatTemplate:
             raise ValueError(f"{self.path}: the chat template refuses the dialog: {why}") from error
 
     def is_instruct(self, bos: str, eos: str, is_v3: bool) -> bool:
-        """Whether it writes Mistral's own format: v1's, or v3's with the system message elsewhere.
+        """Whether it writes Mistral's own format. v1 and v3 differ in the system message's place.
 
-        What it writes decides, since templates of this format are worded in many ways. They differ
-        in their spaces too, so these do not count, and many of them refuse a system message.
+        The text that it writes decides, since templates of this format are worded in many ways.
+        Spaces are ignored, in which they differ, and many of them refuse a system message.
         """
         turns = [
             {"role": "user", "content": "first"},
@@ -114,17 +101,20 @@ class ChatTemplate:
             {"role": "user", "content": "last"},
         ]
         text = f"{bos}[INST]first[/INST]answer{eos}[INST]last[/INST]"
-        try:
-            if without_spaces(self.render(turns)) != text:
-                return False
-        except ValueError:
+        if self._without_spaces(turns) != text:
             return False
-        user = "last" if is_v3 else "first"
-        try:
-            with_system = self.render([{"role": "system", "content": "system"}, *turns])
-        except ValueError:
+        with_system = self._without_spaces([{"role": "system", "content": "system"}, *turns])
+        if with_system is None:
             return True
-        return without_spaces(with_system) == text.replace(f"]{user}[", f"]system{user}[")
+        user = "last" if is_v3 else "first"
+        return with_system == text.replace(f"]{user}[", f"]system{user}[")
+
+    def _without_spaces(self, messages: Messages) -> str | None:
+        """What it writes, without spaces, or None if it refuses the dialog."""
+        try:
+            return "".join(self.render(messages).split())
+        except ValueError:
+            return None
 
 
 def read_chat_template(
@@ -180,13 +170,14 @@ def read_variables(config: dict, special: Mapping[str, str]) -> dict[str, str]:
 
 def compile_template(path: Path, source: str) -> Template:
     """Compile a template, with the functions and tags that transformers lets it use."""
-    # A template is a program from a download, and could leave the sandbox of older versions.
+    # Templates are downloaded programs, and older versions have holes in their sandbox.
     if tuple(map(int, re.findall(r"\d+", version("jinja2"))[:3])) < (3, 1, 6):
         raise ValueError("chat templates need jinja2 3.1.6 or later: pip install -U jinja2")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = to_json
+    # Jinja's own tojson would write <, > and & as escapes.
+    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = strftime_now
     try:
@@ -209,23 +200,6 @@ class Generation(Extension):
         return nodes.Scope(body, lineno=line)
 
 
-def to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own tojson would write <, > and & as escapes."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
 def raise_exception(message: str) -> None:
     raise TemplateError(message)
 
@@ -236,7 +210,3 @@ def strftime_now(form: str) -> str:
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def without_spaces(text: str) -> str:
-    return "".join(text.split())

@@ -187,6 +187,7 @@ def find_files(folder: Path) -> Found:
 
 
 def published_sets(folder: Path, names: set[str]) -> PublishedSets:
+    """The sets that these names suggest. Shards' own numbers count only where no index does."""
     hub_index = sets_of_indices(folder, names & {HUB_INDEX}, SAFETENSORS_INDEX)
     other_indices = sets_of_indices(folder, names - {HUB_INDEX}, SAFETENSORS_INDEX)
     indexed_pickles = sets_of_indices(folder, names, PICKLES_INDEX)
@@ -218,7 +219,7 @@ def first_complete(folder: Path, names: set[str], ranks: PublishedSets) -> list[
 
 
 def missing_of_preferred(names: set[str], ranks: PublishedSets, chosen: list[str]) -> str | None:
-    """The file whose absence is why a set of higher rank than the chosen one is not read.
+    """A file that is missing from a set of higher rank than the chosen one, or None.
 
     Sets of which no file is present do not count: an index is often there without its shards.
     """
@@ -274,12 +275,16 @@ def what_is_missing(folder: Path, names: set[str], ranks: PublishedSets) -> str:
     candidates = [pieces]
     for sets in ranks:
         candidates += sets
-    files = max(candidates, key=lambda candidate: share_present(candidate, names))
-    if share_present(files, names) == 0:
-        indexed = [*ranks.hub_index, *ranks.other_indices, *ranks.indexed_pickles]
-        if not indexed:
-            return why_no_weights(folder, names)
-        files = indexed[0]
+    fullest = max(candidates, key=lambda candidate: share_present(candidate, names))
+    if share_present(fullest, names) > 0:
+        return describe_missing(fullest, names)
+    indexed = [*ranks.hub_index, *ranks.other_indices, *ranks.indexed_pickles]
+    if indexed:
+        return describe_missing(indexed[0], names)
+    return why_no_weights(folder, names)
+
+
+def describe_missing(files: list[str], names: set[str]) -> str:
     present = len(names.intersection(files))
     return f"{first_missing(files, names)} is missing: {present} of {len(files)} files are there"
 
@@ -575,7 +580,7 @@ def has_zero_run(tensor: Tensor) -> bool:
     flat = tensor.as_strided([tensor.numel()], [1])  # as it lies in the file
     n = min(4096 // tensor.itemsize, len(flat))
     blocks = flat[: len(flat) // n * n].view(-1, n)
-    first_numbers = blocks[:, 0]  # one of every page: only these are read from most of the file
+    first_numbers = blocks[:, 0]  # of most blocks no other number is looked at
     suspects = blocks[first_numbers == 0]  # (number of suspects, n)
     return bool((suspects == 0).all(dim=1).any())
 

@@ -28,7 +28,7 @@ RECORDED_ROWS = (1, 2, 4, 8, 16)
 
 
 class Decoder:
-    """A model's decode step for up to max_rows rows, recorded for each of RECORDED_ROWS.
+    """A model's decode step for up to max_rows rows, recorded for as many as it needs.
 
     It is made before the first prompt, as running a step writes to the first slot of the cache.
     Raises RuntimeError if the devices are too old for the kernels.
@@ -41,7 +41,7 @@ class Decoder:
             raise RuntimeError("the kernels need compute capability 8.0")
         if model.params.num_experts > 64:  # a program compares each logit with all others
             raise RuntimeError("the kernels choose among at most 64 experts")
-        # Up to the first number that is at least max_batch_size, or all if none is.
+        # The numbers up to the first that is at least max_batch_size, or all if none is.
         numbers = [n for n in RECORDED_ROWS if n < 2 * model.params.max_batch_size]
         self.max_rows = numbers[-1]
         # Tokens, rows and positions. Each begins at a multiple of 16 bytes, whatever the number
@@ -230,10 +230,11 @@ class Tape(Launch):
     def on(self, i: int) -> None:
         self.segment.close()  # ends the graph that is being recorded
         graph = torch.cuda.CUDAGraph()
+        # The stream's device becomes the current one too.
         self.segment.enter_context(torch.cuda.stream(self.recorder.streams[i]))
         # Other threads may call CUDA meanwhile, which the default mode would not allow.
         graph.capture_begin(self.recorder.pools[i], capture_error_mode="thread_local")
-        self.segment.callback(graph.capture_end)
+        self.segment.callback(graph.capture_end)  # before the stream is left
         self.calls.append(graph.replay)  # on the current stream of its own device
 
     def host(self, function: Callable, *args: object) -> None:
@@ -272,12 +273,12 @@ def record(model: Transformer, inputs: Tensor, recorder: Recorder) -> Callable[[
         torch.cuda.synchronize(device)
     tape = Tape(recorder)
     try:
-        with tape.segment:  # likewise
+        with tape.segment:  # ends the last graph, also after an error
             logits = step(tape, model, inputs, buffers)
     except RuntimeError as error:
         recorder.renew_pools()
-        # The end of a failed recording may fail too. (A variable for the cause would keep alive
-        # the frames of its traceback, and so the model.)
+        # The end of a failed recording may fail too; then the cause is the error's context. (A
+        # variable for it would keep alive the frames of its traceback, and so the model.)
         why = str(error.__context__ or error).partition("\n")[0]
         logger.warning("decoding %d rows without CUDA graphs, slower: %s", inputs.shape[1], why)
         return launch

@@ -147,9 +147,10 @@ def visible_devices(plan: Plan) -> list[str]:
 
 
 def plans_to_advise(plan: Plan, visible: list[str], free: dict[str, int]) -> list[Plan]:
-    """The plans that fit with the fewest options changed, each of those as little as possible.
+    """Of the plans that fit, those that change the fewest fields of the plan, as little as can be.
 
-    Among plans that change the same options, only the one that changes them least is kept.
+    Where several plans change the same fields, the first is kept: candidates come mildest first.
+    They have the cache that was asked for, or else the largest that fits.
     """
     others = list(plans_that_fit(plan, visible, free))
     for other in plans_that_fit(with_smallest_cache(plan), visible, free):

@@ -214,15 +214,15 @@ class Mixtral:
     ) -> Iterator[Step]:
         """Continue a request's rows of these lengths, given the logits (bsz, vocab) after them.
 
-        A row that has ended leaves the batch. A GPU is given the next step before the host waits
-        for this step's tokens; what it computes for rows that turn out to have ended is thrown
-        away.
+        A row that has ended leaves the batch. A CPU waits for a step's tokens, then runs the rows
+        that go on. A GPU is given the next step first; what it computes for rows that turn out to
+        have ended is thrown away.
         """
         rows = unfinished_rows(lengths, sampling.max_gen_len, self.model.params.max_seq_len)
         logits = logits[[row.index for row in rows]]
         while rows:
             # Here logits[i] are those of rows[i].
-            tokens = self._sample(logits, sampling)  # (bsz,)
+            tokens = self._sample(logits, sampling)  # (len(rows),)
             # A row's sum tells whether all of its logits are finite.
             on_device = {"tokens": tokens, "sums": logits.sum(dim=-1)}
             if logprobs:
@@ -238,7 +238,7 @@ class Mixtral:
 
             on_host = wait()
             check_finite(sum(on_host["sums"]))
-            if ran_ahead:  # the cache has the tokens of rows that have ended, too
+            if ran_ahead:  # the cache has these tokens now, those of ended rows too
                 self.first_row.after_pass(spans, on_host["tokens"])
             going_on: list[int] = []  # indices into rows
             for i, (row, token) in enumerate(zip(rows, on_host["tokens"])):
@@ -439,7 +439,7 @@ class CacheOwner:
         with self.changed:
             if request != self.request:
                 raise RuntimeError("another request has taken the cache: this one cannot go on")
-            self.thread = threading.current_thread()  # a stream may move to another
+            self.thread = threading.current_thread()  # a stream may go on in another
 
     def release(self, request: int) -> None:
         with self.changed:

@@ -381,8 +381,8 @@ def _attend(
     writes parts[t, heads, s] (D,), the values weighted by the softmax over the split alone, and
     logs[t, heads, s], the logarithm to base 2 of that softmax's sum. The query heads are the rows
     of one tensor-core tile, so that a key is read once for all of them. Programs that start
-    together read whole positions, which are N_KV * D numbers in a row. A split beyond the token's
-    position is not written.
+    together read whole positions, whose N_KV * D numbers lie side by side. A split beyond the
+    token's position is not written.
     """
     group = tl.program_id(0)
     split = tl.program_id(1)
@@ -430,15 +430,15 @@ def _softmax_over(
     total = tl.zeros((q.shape[0],), tl.float32)
     acc = tl.zeros((q.shape[0], q.shape[1]), tl.float32)
     for start in range(begin, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = (at[:, None] < end) & dims_inside
-        offsets = at[:, None] * STRIDE
+        positions = start + tl.arange(0, BLOCK)
+        inside = (positions[:, None] < end) & dims_inside
+        offsets = positions[:, None] * STRIDE
         k = tl.load(key_ptrs + offsets, inside, other=0.0).to(q.dtype)  # (BLOCK, D_PAD)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        scores = tl.where(at[None, :] < end, scores, float("-inf"))  # (REP_PAD, BLOCK)
+        scores = tl.where(positions[None, :] < end, scores, float("-inf"))  # (REP_PAD, BLOCK)
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)  # what is summed so far is relative to best
+        shrink = tl.exp2(best - new_best)  # acc and total are relative to the best so far
         best = new_best
         total = total * shrink + tl.sum(weights, 1)
         v = tl.load(value_ptrs + offsets, inside, other=0.0).to(q.dtype)

@@ -189,7 +189,7 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def linear_int8_in_blocks(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """linear_int8() with 1024 rows of the weight at a time in x's type, always in the same memory.
+    """linear_int8() that converts 1024 rows of the weight at a time, into the same memory again.
 
     The whole weight in x's type would be written to new memory and read again. On an Intel Xeon
     with AMX, blocks take 0.3 to 0.4 of the time for 32 rows of x, and 0.7 to 0.8 for 512.

@@ -31,10 +31,10 @@ END = "<|im_end|>"
 class Tokenizer:
     """A checkpoint's SentencePiece model, and the tokens that fine-tuning has added to it.
 
-    model_path is a tokenizer.model, or a tokenizer.json that was made from one, which names the
-    added tokens. So does an added_tokens.json or a tokenizer_config.json beside it. bos_id and
-    eos_id are SentencePiece's own, and n_words is one more than the largest id that has a name.
-    add_bos says whether the model expects bos before a text that it is to complete. Raises
+    model_path is a tokenizer.model, or a tokenizer.json that was made from one. Added tokens are
+    named by the tokenizer.json, and by an added_tokens.json or a tokenizer_config.json beside it.
+    bos_id and eos_id are SentencePiece's own, and n_words is one more than the largest id that has
+    a name. add_bos says whether the model expects bos before a text that it is to complete. Raises
     FileNotFoundError or ValueError if a file is not what it should be.
     """
 
@@ -96,21 +96,28 @@ class Tokenizer:
         return tokens
 
     def _encode_piece(self, text: str, is_first: bool) -> list[int]:
-        """Encode text between added tokens; their names in it become plain text."""
-        has_space = is_first or self.spaces.before_each
-        if self.spaces.legacy or (has_space and not text.startswith((" ", "▁"))):
+        """Encode text between added tokens; a token's name in it is encoded as plain text."""
+        if self._gets_space(text, is_first):
             return self.sp_model.encode(text)
         # SentencePiece adds a space at the beginning, where there must be none. This newline takes
         # the space and is cut off again; it is a byte, and so never merges with the text.
         newline = self.sp_model.encode("\n")
         return self.sp_model.encode("\n" + text)[len(newline) :]
 
+    def _gets_space(self, text: str, is_first: bool) -> bool:
+        """Whether a space is put before a text between added tokens."""
+        if self.spaces.legacy:
+            return True
+        if text.startswith((" ", "▁")):
+            return False
+        return is_first or self.spaces.before_each
+
     def decode(self, t: Sequence[int]) -> str:
         """The text of tokens: an added token becomes its name, a control token nothing.
 
-        An id that has no name, as a padded vocabulary has some, becomes nothing too.
+        An id without a name, such as a padded vocabulary has, becomes nothing too.
         """
-        # SentencePiece decodes pieces as well as ids, and takes those it does not know as text.
+        # SentencePiece decodes pieces as well as ids, and takes unknown pieces as text.
         return self.sp_model.decode_pieces([self.pieces.get(token, "") for token in t])
 
     def decode_stream(self, tokens: Iterable[int]) -> Iterator[str]:
@@ -161,8 +168,8 @@ class Tokenizer:
     def _encode_format(self) -> Callable[[Dialog], list[int]]:
         """The method that encodes dialogs in the model's format, which its chat template decides.
 
-        A template of Mistral's own format does not decide its spaces: Mistral's models were trained
-        with mistral-common's. Raises ValueError if the template cannot be read.
+        A template in Mistral's own format does not decide where spaces go: Mistral's models were
+        trained with those of mistral-common. Raises ValueError if the template cannot be read.
         """
         from .chat import read_chat_template  # imports Jinja
 
@@ -187,7 +194,7 @@ class Tokenizer:
         parts = template.split(dialog)
         check_text("".join(parts))
         tokens = self._encode_parts(parts, self._named_ids)
-        # Some pieces are called user-defined: SentencePiece finds them in any text.
+        # SentencePiece finds its user-defined pieces in any text, so in a message too.
         found = Counter(tokens)
         written = Counter(parts[1::2])
         for name, token in self._named_ids.items():
@@ -211,9 +218,9 @@ class Tokenizer:
         texts = [message["content"] for message in dialog]
         if dialog[0]["role"] == "system":
             system = texts.pop(0)
-            message = -1 if self.is_v3 else 0  # the user's last one, or the first
+            of_user = -1 if self.is_v3 else 0  # the user's last message, or the first
             if system:
-                texts[message] = f"{system}\n\n{texts[message]}"
+                texts[of_user] = f"{system}\n\n{texts[of_user]}"
         begin = self.sp_model.piece_to_id("[INST]")
         end = self.sp_model.piece_to_id("[/INST]")
         tokens = [self.bos_id]
@@ -239,7 +246,7 @@ class Tokenizer:
 
 
 def load_sentencepiece(path: Path) -> tuple[SentencePieceProcessor, Converted | None]:
-    """Load a tokenizer.model or a tokenizer.json, and return what only the latter says too.
+    """Load a tokenizer.model, or a tokenizer.json with what a SentencePiece model cannot say.
 
     Raises FileNotFoundError or ValueError if it is neither.
     """
@@ -348,7 +355,7 @@ def added_by_config(path: Path, config: dict, own: Mapping[int, str]) -> dict[in
             raise ValueError(f"{path}: the added token {number!r:.40} cannot be read")
         if int(number) in own:
             continue
-        for flag in ("lstrip", "rstrip", "single_word"):  # By these, the text around it matters.
+        for flag in ("lstrip", "rstrip", "single_word"):  # They depend on the text around it.
             if entry.get(flag):
                 raise ValueError(f"{path}: {flag} of added token {number} is not supported")
         added[int(number)] = entry.get("content", "")

@@ -32,21 +32,31 @@ ALWAYS = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
 
 
 class Spaces(NamedTuple):
-    """Which of the pieces of text between added tokens get a space before them.
+    """How each piece of text between added tokens gets a space before it.
 
-    If legacy, all do. If not, a piece that begins with a space never does; of the others each
-    does if before_each, and else only one at the very beginning of the text.
+    If legacy, every piece gets one. If not, a piece that begins with a space never does; any other
+    gets one if before_each, or if it begins the whole text.
     """
 
     legacy: bool
     before_each: bool
 
 
+# Normalizers and pre-tokenizers as versions of transformers write them, and what they do.
+FORMS = [
+    ([PREPEND, REPLACE], [], Spaces(legacy=True, before_each=False)),  # 4
+    ([REPLACE, DOUBLE], [ALWAYS], Spaces(legacy=True, before_each=False)),  # 5
+    ([], [FIRST], Spaces(legacy=False, before_each=False)),  # 4, and 5's LlamaTokenizer
+    ([REPLACE], [FIRST], Spaces(legacy=False, before_each=False)),  # 5
+    ([], [ALWAYS], Spaces(legacy=False, before_each=True)),  # 5's LlamaTokenizer
+]
+
+
 class Converted(NamedTuple):
     """What a tokenizer.json says: a serialized ModelProto and what SentencePiece does not know.
 
-    The added tokens, among which may be pieces of the model, are in the form of the
-    added_tokens_decoder of a tokenizer_config.json: by their ids, which are text.
+    added_tokens has the form of added_tokens_decoder in a tokenizer_config.json: entries by id, and
+    the ids are text. Some of these tokens may be pieces of the model.
     """
 
     model: bytes
@@ -60,7 +70,7 @@ def convert(tokenizer: Any) -> Converted:
     Raises ValueError if it was not made from a SentencePiece model like Mixtral's; the message is
     the end of a sentence about the file.
     """
-    # Any part can be absent or of another kind, and using it then raises one of these.
+    # Any part can be absent or of the wrong type, and using it then raises one of these errors.
     try:
         check_kind(tokenizer)
         return convert_parts(tokenizer)
@@ -73,8 +83,6 @@ def convert(tokenizer: Any) -> Converted:
 def check_kind(tokenizer: Any) -> None:
     """Raise ValueError if it is a tokenizer of another kind."""
     if not isinstance(tokenizer, dict) or "model" not in tokenizer:
-        if isinstance(tokenizer, dict) and {"config", "vocab"} <= tokenizer.keys():
-            raise ValueError("a tekken.json, which no Mixtral has")
         raise ValueError("not a tokenizer.json")
     model = tokenizer["model"]
     if model.get("type") != "BPE":
@@ -99,7 +107,7 @@ def convert_parts(tokenizer: dict) -> Converted:
     added_tokens = by_number(tokenizer["added_tokens"])
     model = tokenizer["model"]
     pieces = own_pieces(model["vocab"], added_tokens)
-    check_added_tokens(added_tokens, len(pieces), normalizers)
+    refuse_normalized(added_tokens, len(pieces), normalizers)
     merges = [read_merge(merge) for merge in model["merges"]]
     ranks = rank_pieces(merges)
 
@@ -111,7 +119,7 @@ def convert_parts(tokenizer: dict) -> Converted:
             types[entry["content"]] = CONTROL if entry["special"] else USER_DEFINED
     unknown = model["unk_token"] or "<unk>"
     types[unknown] = UNKNOWN
-    if list(types) != pieces:
+    if len(types) > len(pieces):  # one of these names is not a piece
         raise ValueError("it names a token that is not in its vocabulary")
     if list(types.values()).count(BYTE) != 256:
         raise ValueError("it does not have all 256 bytes")
@@ -128,23 +136,21 @@ def steps_of(component: dict | None, name: str) -> list[dict]:
 
 def pieces_of_pattern(split: dict) -> list[str]:
     """The user-defined pieces, for which transformers 5.24 writes a pattern of alternatives."""
+    if split["behavior"] != "Isolated" or split["invert"]:
+        raise ValueError("it prepares texts as SentencePiece does not")
     alternatives = re.findall(r"(?:\\.|[^\\|])+", split["pattern"]["Regex"], re.DOTALL)
     return [re.sub(r"\\(.)", r"\1", each, flags=re.DOTALL) for each in alternatives]
 
 
 def read_spaces(normalizers: list[dict], pre_tokenizers: list[dict]) -> Spaces:
-    """Tell apart the forms that versions of transformers write.
+    """What a tokenizer.json does with spaces.
 
     Versions 5.17 to 5.20 could lose the space before a text. Such a file is refused, since no
     model was trained with its tokens.
     """
-    form = (normalizers, pre_tokenizers)
-    if form in (([PREPEND, REPLACE], []), ([REPLACE, DOUBLE], [ALWAYS])):  # 4, and 5
-        return Spaces(legacy=True, before_each=False)
-    if form in (([], [FIRST]), ([REPLACE], [FIRST])):  # 4, and 5
-        return Spaces(legacy=False, before_each=False)
-    if form in (([], [ALWAYS]), ([REPLACE], [ALWAYS])):  # 5's LlamaTokenizer
-        return Spaces(legacy=False, before_each=True)
+    for known_normalizers, known_pre_tokenizers, spaces in FORMS:
+        if normalizers == known_normalizers and pre_tokenizers == known_pre_tokenizers:
+            return spaces
     raise ValueError("it prepares texts as SentencePiece does not")
 
 
@@ -160,7 +166,7 @@ def by_number(entries: list[dict]) -> dict[str, dict]:
 
 
 def own_pieces(vocab: Mapping[str, int], added_tokens: Mapping[str, dict]) -> list[str]:
-    """SentencePiece's own pieces in order: without tokens that were added behind them."""
+    """SentencePiece's own pieces in the order of their ids, without added tokens at the end."""
     by_id = {token: piece for piece, token in vocab.items()}
     if by_id.keys() != set(range(len(vocab))):
         raise ValueError("its vocabulary has ids that are absent or there twice")
@@ -170,16 +176,17 @@ def own_pieces(vocab: Mapping[str, int], added_tokens: Mapping[str, dict]) -> li
     return pieces
 
 
-def check_added_tokens(
+def refuse_normalized(
     added_tokens: Mapping[str, dict], n_pieces: int, normalizers: list[dict]
 ) -> None:
-    """Raise ValueError if one is not found in a text as it is, but after normalizers.
+    """Raise ValueError if an added token is looked for after normalizers that add a ▁.
 
-    It matters if they put a ▁ before the text: one that follows no space may not be found then.
+    One that follows no space may not be found then.
     """
-    changes = PREPEND in normalizers or DOUBLE in normalizers
+    if PREPEND not in normalizers and DOUBLE not in normalizers:
+        return
     for number, entry in added_tokens.items():
-        if changes and entry["normalized"] and int(number) >= n_pieces:
+        if entry["normalized"] and int(number) >= n_pieces:
             raise ValueError(f"normalized of its added token {number} is not supported")
 
 
@@ -192,10 +199,11 @@ def read_merge(merge: Any) -> tuple[str, str]:
 
 
 def rank_pieces(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
-    """When each piece is made: SentencePiece has one score for a piece, and none for its parts.
+    """The rank of each piece in the order in which merges make them.
 
-    So all merges that make a piece must follow one another. Those that make a run of ▁ need not:
-    some runs have equal scores in Mixtral's model, and transformers 4 wrote their merges mixed.
+    SentencePiece has one score for a piece, however it is put together, so all merges that make a
+    piece must follow one another. Those that make a run of ▁ need not: some runs have equal scores
+    in Mixtral's model, and transformers 4 interleaved their merges.
     """
     ranks: dict[str, int] = {}
     for left, right in merges:
@@ -210,14 +218,14 @@ def rank_pieces(merges: Iterable[tuple[str, str]]) -> dict[str, int]:
 def type_by_name(piece: str, ranks: Mapping[str, int]) -> int:
     if re.fullmatch("<0x[0-9A-F]{2}>", piece):
         return BYTE
-    # No text becomes a longer piece that no merge makes: [INST] is one of Mixtral's 8x22B.
+    # A longer piece that no merge makes cannot come from a text: 8x22B's [INST] is one.
     return NORMAL if len(piece) == 1 or piece in ranks else CONTROL
 
 
 def check_merges(merges: Iterable[tuple[str, str]], types: Mapping[str, int]) -> None:
-    """Raise ValueError if they are not all that SentencePiece, which has no list, would do.
+    """Raise ValueError unless merges are exactly those that SentencePiece would do.
 
-    It merges any two neighbours that make a normal piece.
+    It has no list of merges, but merges any two neighbours that together are a normal piece.
     """
     normal = {piece for piece, kind in types.items() if kind == NORMAL}
     possible = set()
@@ -242,11 +250,16 @@ def write_model(types: Mapping[str, int], ranks: Mapping[str, int], unknown: str
         score = -ranks.get(piece, 0)
         content = bytes_field(1, piece.encode()) + float_field(2, score) + number_field(3, kind)
         fields.append(bytes_field(1, content))
-    # model_type is BPE, then byte_fallback and unk_piece.
-    trainer_spec = number_field(3, 2) + number_field(35, 1) + bytes_field(45, unknown.encode())
-    # name, add_dummy_prefix and remove_extra_whitespaces
-    normalizer_spec = bytes_field(1, b"identity") + number_field(3, 1)
-    normalizer_spec += number_field(4, 0)
+    trainer_spec = (
+        number_field(3, 2)  # model_type: BPE
+        + number_field(35, 1)  # byte_fallback
+        + bytes_field(45, unknown.encode())  # unk_piece
+    )
+    normalizer_spec = (
+        bytes_field(1, b"identity")  # name
+        + number_field(3, 1)  # add_dummy_prefix
+        + number_field(4, 0)  # remove_extra_whitespaces
+    )
     fields.append(bytes_field(2, trainer_spec))
     fields.append(bytes_field(3, normalizer_spec))
     return b"".join(fields)

@@ -1,9 +1,10 @@
 """Kernels that may replace `linear` and `experts` of mixtral/kernels.py, if that pays on a GPU.
 
 Those have a program for each token, and programs of different tokens that want the same weights
-share them through L2, which is the limit from about 4 rows on. Here a program multiplies its
-weights with up to 16 tokens at once, on tensor cores, so that each weight is read once. Nothing
-uses these kernels but tests/bench/try_dot_kernels.py, which measures them beside the others.
+share them through L2, which should be the limit from about 4 rows on (an estimate). Here a
+program multiplies its weights with up to 16 tokens at once, on tensor cores, so that each weight
+is read once. Nothing uses these kernels but tests/bench/try_dot_kernels.py, which measures them
+beside the others.
 """
 
 from collections.abc import Sequence
@@ -24,13 +25,13 @@ BLOCK_T = constexpr(16)
 
 
 class Tiling(NamedTuple):
-    """How a kernel reads weights: tiles of rows by block_k numbers, so many stages at a time."""
+    """How a kernel reads weights: in tiles of rows by block_k numbers, `stages` tiles at a time."""
 
     rows: int
     block_k: int
     stages: int
     warps: int
-    early: bool = False  # start before the kernel before has ended (compute capability 9.0)
+    early: bool = False  # start before the previous one has ended (compute capability 9.0)
 
 
 # What is used by default. To be replaced by what is measured to be best.
@@ -41,7 +42,7 @@ DOWN = Tiling(rows=16, block_k=256, stages=4, warps=4)
 
 @triton.jit
 def _begin(EARLY: constexpr):
-    """If the kernel may start early: let the next one do so too, and wait for the one before.
+    """If the kernel may start early, let the next one do so too, then wait for the previous one.
 
     This is CUDA's programmatic dependent launch. Nothing is read or written before the wait.
     """
@@ -111,6 +112,7 @@ def linear(
     x: Tensor, weight: Tensor, residual: Tensor | None = None, tiling: Tiling | None = None
 ) -> Tensor:
     """kernels.linear for at most 16 tokens."""
+    assert len(x) <= BLOCK_T.value
     tiling = tiling or LINEAR
     m, k = weight.shape
     out = torch.empty(len(x), m, dtype=x.dtype, device=x.device)
@@ -258,6 +260,7 @@ def experts(
     down: Tiling | None = None,
 ) -> Tensor:
     """kernels.experts for at most 16 tokens."""
+    assert len(x) <= BLOCK_T.value
     up = up or UP
     down = down or DOWN
     n_tokens, dim = x.shape

@@ -1,6 +1,6 @@
 """Whether dot_kernels.py beats mixtral/kernels.py on a GPU: python tests/bench/try_dot_kernels.py
 
-It takes about three minutes on one GPU of capability 8.0 or later, most of them for compiling.
+It should take about three minutes on one GPU of capability 8.0 or later, most of it compiling.
 First the products of a layer of 8x7B, with each tiling; then whole steps, recorded with the
 kernels of today and with the others in turn, A B B A.
 """
@@ -122,7 +122,7 @@ def show(name: str, rows: int, how: str, seconds: float, at_data_sheet: float) -
 
 
 def compare_steps(model: Transformer, best: Sequence[Tiling]) -> None:
-    """Print the time of whole steps, A B B A, and how far the logits are apart."""
+    """Print the time of whole steps in turn, and how far apart the logits at position 0 are."""
     decoders = {"today": decode.Decoder(model), "dot": decoder_with(model, best)}
     if torch.cuda.get_device_capability(model.device) >= (9, 0):
         early = [tiling._replace(early=True) for tiling in best]
