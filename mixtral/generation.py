@@ -99,7 +99,7 @@ class Mixtral:
             raise ValueError(f"int8 must be True or False, not {int8!r:.40}")
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
-        eos_ids = read_eos_ids(ckpt_dir)
+        eos_ids = read_eos_ids(ckpt_dir) | tokenizer.eos_ids()
         check_vocabulary(tokenizer_path, tokenizer.n_words, params.vocab_size)
         check_memory(params, devices, dtype, cpu_layers, int8)
         model = Transformer(params, devices, dtype, cpu_layers, int8)

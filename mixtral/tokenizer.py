@@ -145,6 +145,14 @@ class Tokenizer:
         if rest:
             yield rest
 
+    def eos_ids(self) -> set[int]:
+        """The tokens that end a text: SentencePiece's eos and tokenizer_config.json's eos_token."""
+        name = self.config.get("eos_token")
+        if isinstance(name, dict):  # a token with its properties
+            name = name.get("content")
+        named = {token for token, piece in self.pieces.items() if piece == name}
+        return {self.eos_id, *named}
+
     def is_special(self, token: int) -> bool:
         """Whether it has no text, being a control token or an id that has no name."""
         if 0 <= token < self.sp_model.vocab_size():

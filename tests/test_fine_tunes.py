@@ -66,6 +66,20 @@ def test_ends_where_transformers_ends(folder, name, as_list):
     assert build(folder).generate([tokens], 12, temperature=0)[0] == [want[:-1]]
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_ends_at_the_tokenizers_eos_token(folder, as_dict):
+    """As when a fine-tune's config.json still has the end of the model it was made from."""
+    endless = build(folder)
+    tokens = endless.tokenizer.encode(PROMPTS[0], bos=True, eos=False)
+    free, _ = endless.generate([tokens], 12, temperature=0)
+    name = endless.tokenizer.pieces[free[0][5]]
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["eos_token"] = {"content": name} if as_dict else name
+    path.write_text(json.dumps(config))
+    assert build(folder).generate([tokens], 12, temperature=0)[0] == [free[0][:5]]
+
+
 def test_an_unreadable_end_is_refused_before_loading(folder, monkeypatch):
     monkeypatch.setattr("mixtral.generation.load_checkpoint", None)
     (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
