@@ -93,7 +93,7 @@ class ChatTemplate:
         """Whether it writes Mistral's own format. v1 and v3 differ in the system message's place.
 
         The text that it writes decides, since templates of this format are worded in many ways.
-        Spaces are ignored, in which they differ, and many of them refuse a system message.
+        Spaces are ignored, in which they differ. Many of them refuse or ignore a system message.
         """
         turns = [
             {"role": "user", "content": "first"},
@@ -104,10 +104,8 @@ class ChatTemplate:
         if self._without_spaces(turns) != text:
             return False
         with_system = self._without_spaces([{"role": "system", "content": "system"}, *turns])
-        if with_system is None:
-            return True
         user = "last" if is_v3 else "first"
-        return with_system == text.replace(f"]{user}[", f"]system{user}[")
+        return with_system in (None, text, text.replace(f"]{user}[", f"]system{user}["))
 
     def _without_spaces(self, messages: Messages) -> str | None:
         """What it writes, without spaces, or None if it refuses the dialog."""

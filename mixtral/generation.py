@@ -100,7 +100,7 @@ class Mixtral:
         tokenizer = Tokenizer(tokenizer_path)
         params = read_params(ckpt_dir, max_seq_len, max_batch_size)
         eos_ids = read_eos_ids(ckpt_dir) | tokenizer.eos_ids()
-        check_vocabulary(tokenizer_path, tokenizer.n_words, params.vocab_size)
+        check_vocabulary(tokenizer_path, tokenizer, params.vocab_size)
         check_memory(params, devices, dtype, cpu_layers, int8)
         model = Transformer(params, devices, dtype, cpu_layers, int8)
         load_checkpoint(model, ckpt_dir)
@@ -475,8 +475,17 @@ def prefill_tokens(device: torch.device) -> int:
     return 2048 if device.type == "cuda" or has_amx() else 512
 
 
-def check_vocabulary(tokenizer_path: str | Path, n_words: int, vocab_size: int) -> None:
+def check_vocabulary(tokenizer_path: str | Path, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raise ValueError if the tokenizer cannot belong to a checkpoint with this vocabulary."""
+    n_words = tokenizer.n_words
+    if n_words > vocab_size == tokenizer.sp_model.vocab_size():
+        # Some fine-tunes add a token for padding, which the model never sees.
+        logger.warning(
+            "%s names tokens that the model does not have, %d of them: they cannot be used",
+            tokenizer_path,
+            n_words - vocab_size,
+        )
+        return
     # Some checkpoints round the number of their tokens up to a multiple of 64 or 128.
     if not 0 <= vocab_size - n_words < 128:
         raise ValueError(

@@ -211,6 +211,7 @@ def test_markers_that_are_pieces(tmp_path, v1, kind):
         ("v1", WITH_SYSTEM),
         ("v3", MISTRAL),
         ("v3", SYSTEM_LAST),
+        ("v3", WITH_SYSTEM.replace(' + system_message + "\n\n"', "")),  # it ignores the message
     ],
 )
 def test_mistrals_own_format(tmp_path, request, model, template):

@@ -80,6 +80,17 @@ def test_ends_at_the_tokenizers_eos_token(folder, as_dict):
     assert build(folder).generate([tokens], 12, temperature=0)[0] == [free[0][:5]]
 
 
+def test_a_padding_token_that_the_model_does_not_have(tmp_path, v1, capsys):
+    args = ModelArgs(**SIZES, vocab_size=32000)
+    write(tmp_path, "D-sharded", args, random_transformer(args).state_dict())
+    fine_tune(tmp_path, v1, {"[PAD]": 32000})
+    generator = build(tmp_path)
+    assert "names tokens that the model does not have, 1 of them" in capsys.readouterr().err
+    assert len(generator.text_completion(["A text"], 0, 1, 3)) == 1
+    with pytest.raises(ValueError, match="'32000' is not a token id"):
+        generator.text_completion(["A [PAD]"])
+
+
 def test_an_unreadable_end_is_refused_before_loading(folder, monkeypatch):
     monkeypatch.setattr("mixtral.generation.load_checkpoint", None)
     (folder / "generation_config.json").write_text('{"eos_token_id": "2"}')
